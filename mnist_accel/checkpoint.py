@@ -1,0 +1,169 @@
+"""Complete training states on disk: written aside, flushed, renamed when complete; killed at any moment, none is torn."""
+
+import os
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnist_accel.cli import UserError
+
+STATE_NAME = "training_state.pt"
+_COMPLETE = re.compile(r"step_(\d{8})")
+
+
+@dataclass
+class TrainState:
+    """Where training stands; with the weights and the optimizer's state, all that a resumed run needs.
+
+    There are no generator states: every random draw is a function of the seed and the step (`seeding.py`). The epoch is
+    `step // steps_per_epoch`; at the end of an epoch, `step` is saved only after its evaluation has gone into `history`.
+
+    Attributes:
+        step: optimizer steps done.
+        history: the rows of metrics.jsonl so far.
+        best_epoch: the epoch (from 1) that `best/` holds, 0 before any.
+        best_accuracy: its evaluation accuracy, 0..1.
+        epochs_without_improvement: the counter of early stopping.
+        loss_sum: cross-entropy summed over the images that this epoch has trained on so far.
+        seconds: time that this epoch has trained so far.
+    """
+
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    epochs_without_improvement: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a loss of power."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time, and keeps the newest `keep`.
+
+    `save` copies the state, which takes about a millisecond, and returns; the disk is waited for only by the next `save`
+    or by `wait`, which also raise what went wrong. Only the main process may own one.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, content: dict[str, Any]) -> None:
+        """Write `content` (tensors, numbers, text, lists and dicts) as the checkpoint of `step`.
+
+        Raises:
+            UserError: the previous checkpoint could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, step, _copy(content))
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is complete on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, once the one under way is written."""
+        self.wait()
+        complete = complete_checkpoints(self.folder)
+        return complete[-1] if complete else None
+
+    def _write(self, step: int, content: dict[str, Any]) -> None:
+        target = self.folder / f"step_{step:08d}"
+        unfinished = self.folder / f".unfinished-{target.name}"
+        replaced = self.folder / f".replaced-{target.name}"
+        try:
+            if not self.folder.parent.is_dir():
+                raise FileNotFoundError(f"the run's folder {self.folder.parent} is gone")
+            self.folder.mkdir(exist_ok=True)
+            for leftover in (unfinished, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+            unfinished.mkdir()
+            with open(unfinished / STATE_NAME, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            flush_folder(unfinished)
+            if target.exists():
+                # A run resumed from an older checkpoint comes by this step again.
+                target.rename(replaced)
+            unfinished.rename(target)
+            flush_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {target} cannot be written: {error}; earlier checkpoints are intact: make room or "
+                "choose another --output-dir, then --resume"
+            ) from error
+        # Steps beyond this one belong to a course that was given up by resuming from before them; they are left alone.
+        older = [path for path in complete_checkpoints(self.folder) if path.name <= target.name]
+        for path in older[: -self.keep]:
+            _remove(path)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    try:
+        return sorted(path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name) and path.is_dir())
+    except OSError:
+        return []
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first: a half-deleted folder must not carry a complete checkpoint's name.
+    doomed = checkpoint.with_name(f".removed-{checkpoint.name}")
+    try:
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    except OSError:
+        pass  # An old checkpoint that stays does no harm.
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of one checkpoint, all tensors on the CPU; never executes what is in it.
+
+    Raises:
+        UserError: there is none at `path`, or it is damaged.
+    """
+    file = path / STATE_NAME
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {path}: give a folder checkpoints/step_XXXXXXXX of a run, or --resume auto")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its parts do: pickle, zip, runtime and key errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} is damaged ({reason}): remove it and resume from an earlier one") from error
+
+
+def _copy(value: Any) -> Any:
+    """`value` with every tensor copied to CPU memory of its own, so that training may go on while it is written."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(item) for item in value)
+    return value

@@ -1,0 +1,59 @@
+"""What every script shares: option parsing, one-line errors and exit statuses. Imports nothing heavy."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+class UserError(ValueError):
+    """A mistake of the user's: its message is one line that says what is wrong and what to do."""
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser that takes `--batch-size` and `--batch_size` alike and never abbreviates.
+
+    Raises:
+        UserError: where argparse would print its usage and exit.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        return super().parse_known_args([_hyphens(a) for a in (sys.argv[1:] if args is None else args)], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _hyphens(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks, as told by the launcher's environment."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit with its status; a `UserError` becomes one line on rank 0 and status 2."""
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        if is_first_rank():
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        status = 2
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    sys.exit(status)

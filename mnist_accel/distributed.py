@@ -1,0 +1,155 @@
+"""The process's place in the launch: its Accelerator, its CPU threads, errors and stop signals that all ranks agree on."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from torch import Tensor
+
+from mnist_accel.cli import UserError
+
+DATA_PARALLEL = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
+
+
+def build_accelerator(
+    gradient_accumulation_steps: int = 1, report_to: str = "none", project_dir: Path | None = None
+) -> Accelerator:
+    """The Accelerator for this process, after checking that the launcher and Accelerate see the same processes.
+
+    Raises:
+        UserError: the launch would train something else than what was asked for.
+    """
+    use_all_cores()
+    trackers = None if report_to == "none" else report_to
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            log_with=trackers,
+            project_dir=project_dir,
+            # Gradients that live in the communication buckets save one copy a step.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        # Accelerate's own refusals are about the launch: bf16 without hardware for it, an unknown tracker, and the like.
+        raise UserError(f"Accelerate cannot start so: {error}") from error
+    asked_for = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked_for != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would train "
+            "alone and overwrite the others; on CPU set ACCELERATE_USE_CPU=true in the launcher's environment"
+        )
+    if accelerator.distributed_type not in DATA_PARALLEL:
+        raise UserError(
+            f"distributed_type {accelerator.distributed_type.value} is not supported: choose data parallelism "
+            "(--multi_gpu, or `accelerate config` without FSDP, DeepSpeed and Megatron-LM)"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("fp16 does not exist on a CPU: launch with --mixed_precision bf16 or no")
+    return accelerator
+
+
+def use_all_cores() -> None:
+    """Give this process its share of the physical cores, unless the user chose a number of threads.
+
+    `accelerate launch` without a GPU, and torchrun with several processes, set OMP_NUM_THREADS=1, which trains on one core
+    without a word. Their 1 is told from a user's by what the launcher itself was started with.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    if chosen.isdigit() and (chosen != "1" or _one_thread_was_chosen()):
+        torch.set_num_threads(max(1, int(chosen)))
+        return
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(psutil.cpu_count(logical=False) or usable, usable)
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _one_thread_was_chosen() -> bool:
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True  # no launcher stands between the user and this process
+    try:
+        launcher = psutil.Process().parent()
+        return launcher is not None and (
+            "OMP_NUM_THREADS" in launcher.environ()
+            or any(part.replace("-", "_").startswith("__num_cpu_threads_per_process") for part in launcher.cmdline())
+        )
+    except (psutil.Error, OSError):
+        return False
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Run a block that may fail on some ranks only; then every rank raises the first failing rank's error, or none does.
+
+    Without this a rank that fails would leave the others waiting for it in their next collective operation. Every rank
+    must come here. An `OSError` (a full disk, a folder that vanished) counts as the user's to mend.
+
+    Raises:
+        UserError: on all ranks, when the block failed on any.
+    """
+    failure = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        failure = error
+    failures = gather_object([str(failure) if failure else ""])
+    message = next((text for text in failures if text), None)
+    if message is not None:
+        raise UserError(message) from failure
+
+
+def agree(accelerator: Accelerator, loss: Tensor, received_signal: int) -> tuple[float, int]:
+    """The sum of a scalar `loss` over all ranks, and the highest signal number that any rank received.
+
+    One exchange of two numbers; with a single process it is no exchange, but it does wait for the device.
+    """
+    if accelerator.num_processes == 1:
+        return loss.item(), received_signal
+    status = torch.stack([loss, torch.full_like(loss, received_signal)]).unsqueeze(0)
+    losses, received = accelerator.gather(status).unbind(dim=1)
+    return losses.sum().item(), int(received.max())
+
+
+class StopSignals:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a request that the training loop reads between two steps.
+
+    The handler only notes the signal, so that nothing is torn in the middle; a second Ctrl-C stops at once.
+    """
+
+    HANDLED = tuple(
+        getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+    )  # Windows has no SIGUSR1
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._handle) for number in self.HANDLED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT == self.received:
+            raise KeyboardInterrupt
+        self.received = self.received or number
+
+
+def describe_device(accelerator: Accelerator) -> str:
+    """One line a person can check: the device, its name, the processes, the precision and the CPU threads."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    processes = accelerator.num_processes
+    return (
+        f"{device.type} ({name}), {processes} process{'es' if processes > 1 else ''}, "
+        f"mixed precision {accelerator.mixed_precision}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    )

@@ -1,0 +1,187 @@
+"""What trained models answer on images, and every measure of it."""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_accel import metrics
+from mnist_accel.cli import UserError
+from mnist_accel.data import Split
+from mnist_accel.models import DigitClassifier, load_model
+
+
+def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 1000) -> Tensor:
+    """The logits of a model in eval mode; afterwards it is in the mode that it was in.
+
+    Args:
+        model: takes float (N, 1, 28, 28) in 0..1; its weights are on `device`.
+        images: uint8 (N, 28, 28), N > 0, on any device: each batch is moved and converted on its own.
+        device: where to compute.
+        batch_size: images at once; it changes speed and memory, not the result.
+
+    Returns:
+        float32 (N, C) on `device`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            batches = [model(batch.to(device).unsqueeze(1).float() / 255).float() for batch in images.split(batch_size)]
+    finally:
+        model.train(was_training)
+    return torch.cat(batches)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The measures of one model, or of an ensemble, on one split.
+
+    Attributes:
+        class_names: C names.
+        confusion: int64 (C, C), rows are true classes.
+        loss: mean cross-entropy in nats at temperature 1, the same quantity as `eval_loss` in `metrics.jsonl`.
+        calibration_error: expected calibration error of `probabilities`, 0..1, in 15 bins.
+        probabilities: float32 (N, C) on the CPU, at each model's temperature: the confidences that users see.
+    """
+
+    class_names: list[str]
+    confusion: Tensor
+    loss: float
+    calibration_error: float
+    probabilities: Tensor
+
+    @property
+    def correct(self) -> int:
+        return int(self.confusion.diagonal().sum())
+
+    @property
+    def total(self) -> int:
+        return int(self.confusion.sum())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The accuracy's 95% confidence interval, each end in 0..1."""
+        return metrics.accuracy_interval(self.correct, self.total)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every measure as JSON values; a precision or recall that nothing was counted for is null."""
+        return {
+            "images": self.total,
+            "correct": self.correct,
+            "accuracy": metrics.accuracy(self.confusion),
+            "accuracy_interval_95": list(self.interval),
+            "loss": self.loss,
+            "expected_calibration_error": self.calibration_error,
+            "per_class": self._per_class(),
+            "confusion_matrix": self.confusion.tolist(),
+        }
+
+    def as_text(self) -> str:
+        """Every measure as lines of text for a terminal."""
+        low, high = self.interval
+        share = metrics.accuracy(self.confusion)
+        width = max(9, *map(len, self.class_names))
+        lines = [
+            f"accuracy           {share:.2%}  ({self.correct:,} of {self.total:,}; "
+            f"95% confidence interval {low:.2%} to {high:.2%})",
+            f"loss               {self.loss:.4f}",
+            f"calibration error  {self.calibration_error:.2%}",
+            "",
+            f"{'class':{width}}  {'images':>7}  {'precision':>9}  {'recall':>7}",
+        ]
+        for row in self._per_class():
+            shares = f"{_percent(row['precision']):>9}  {_percent(row['recall']):>7}"
+            lines.append(f"{row['class']:{width}}  {row['images']:7,}  {shares}")
+        cell = max(len(str(int(self.confusion.max()))), *(len(name[:7]) for name in self.class_names))
+        lines += ["", "confusion matrix (rows: true, columns: predicted)"]
+        lines.append(" " * width + "".join(f"  {name[:7]:>{cell}}" for name in self.class_names))
+        for name, counts in zip(self.class_names, self.confusion.tolist(), strict=True):
+            lines.append(f"{name:{width}}" + "".join(f"  {count or '.':>{cell}}" for count in counts))
+        return "\n".join(lines)
+
+    def _per_class(self) -> list[dict[str, Any]]:
+        images = self.confusion.sum(dim=1).tolist()
+        precision, recall = metrics.precision(self.confusion).tolist(), metrics.recall(self.confusion).tolist()
+        rows = zip(self.class_names, images, precision, recall, strict=True)
+        return [
+            {"class": name, "images": count, "precision": _or_none(p), "recall": _or_none(r)}
+            for name, count, p, r in rows
+        ]
+
+
+def evaluate(
+    models: Sequence[DigitClassifier],
+    split: Split,
+    class_names: list[str],
+    device: torch.device,
+    batch_size: int = 1000,
+) -> Evaluation:
+    """Measure one model, or several as an ensemble: their class probabilities are averaged.
+
+    Args:
+        models: at least one, of as many classes as `class_names`; moved to `device`.
+        split: the images and labels.
+        class_names: the data set's classes.
+        device: where to compute.
+        batch_size: images at once.
+    """
+    logits = [predict_logits(model.to(device), split.images, device, batch_size).cpu() for model in models]
+    plain = _mean_log_probabilities(logits)
+    probabilities = _mean_log_probabilities(
+        [each / model.temperature for each, model in zip(logits, models, strict=True)]
+    ).exp()
+    labels = split.labels.cpu()
+    return Evaluation(
+        class_names=list(class_names),
+        confusion=metrics.confusion_matrix(probabilities.argmax(dim=1), labels, len(class_names)),
+        loss=float(F.nll_loss(plain, labels)),
+        calibration_error=metrics.expected_calibration_error(probabilities, labels),
+        probabilities=probabilities.float(),
+    )
+
+
+def load_models(names: Sequence[str | Path | None], class_names: list[str]) -> list[DigitClassifier]:
+    """The models of these names, as `load_model` takes them, to be used on a data set with these classes.
+
+    Raises:
+        UserError: a model cannot be loaded, or has another number of classes than the data set.
+    """
+    models = [load_model(name) for name in names]
+    for model in models:
+        if len(model.class_names) != len(class_names):
+            raise UserError(
+                f"the model {model.name} has {len(model.class_names)} classes ({_listed(model.class_names)}), the data "
+                f"set {len(class_names)} ({_listed(class_names)}): choose a model and a data set that belong together"
+            )
+        if model.class_names != class_names:
+            print(
+                f"note: the model's classes are {_listed(model.class_names)}, the data set's {_listed(class_names)}",
+                file=sys.stderr,
+            )
+    return models
+
+
+def _mean_log_probabilities(logits: list[Tensor]) -> Tensor:
+    """log(mean over models of softmax(logits)), float64 (N, C); in logarithms, so that no small one becomes zero."""
+    return torch.stack([F.log_softmax(each.double(), dim=1) for each in logits]).logsumexp(dim=0) - math.log(
+        len(logits)
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 12 else f"{names[0]} ... {names[-1]}"
+
+
+def _or_none(share: float) -> float | None:
+    return None if math.isnan(share) else share
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"

@@ -1,0 +1,284 @@
+"""Tell the ink of one digit from paper, shadows, ruled lines, frames, specks and the neighbours' strokes."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Grey = NDArray[np.float32]
+Mask = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Ink:
+    """A digit's ink: strength (H, W) float32 in 0..1, 0 off the digit; box as top, left, bottom, right in pixels."""
+
+    strength: Grey
+    box: tuple[int, int, int, int]
+
+
+def find_digit(grey: Grey, tight: bool) -> Ink | None:
+    """The ink of the digit in an image of either polarity; None where there is no ink.
+
+    Args:
+        grey: (H, W) float32 in 0..1, 96 to 224 pixels on its longest side: ink is judged at the scale of whole strokes.
+        tight: the image is so small or so narrow that it must be a crop of the digit alone. Then its ink may touch every
+            edge, and a bar along an edge is a 7's or a 2's, not a frame's.
+    """
+    # Noise below a hundredth of the image is no stroke.
+    smooth = cv2.GaussianBlur(grey, (0, 0), max(0.5, max(grey.shape) / 256))
+    if not is_dark_ink(smooth, tight):
+        smooth = 1 - smooth
+    strength, noise = ink_strength(smooth, tight)
+    digit = None
+    for _ in range(2):
+        # The peaks of normal noise stay below 6 standard deviations; less than 2 of 255 grey levels are rounding.
+        inked = strength[strength > max(6 * noise, 0.25 * float(strength.max()), 2 / 255)]
+        if not inked.size:
+            break
+        mask = (strength > 0.4 * float(np.median(inked))).astype(np.uint8)
+        foreign = np.zeros_like(mask) if tight else foreign_parts(mask)
+        digit = digit_parts(mask & (1 - foreign), strength)
+        if digit is None or not foreign.any():
+            break
+        # A printed frame can be many times darker than a pencil's digit: with it out of the way, look again.
+        strength = strength * (1 - cv2.dilate(foreign, np.ones((5, 5), np.uint8)) * (1 - digit))
+    return None if digit is None else sharpened(strength, digit)
+
+
+# --- paper and polarity ----------------------------------------------------------------------------------------------
+
+
+def is_dark_ink(smooth: Grey, tight: bool) -> bool:
+    """Whether the ink is darker than the paper, in (H, W) float32.
+
+    Of the two candidates for paper - the image with all dark, or with all light strokes filled in - the true one is
+    smooth, whatever the shadows: filling in the paper between strokes leaves the digit's outline. Crops without paper
+    around the digit are all outline; there, paper is what most of the edge and the corners show.
+    """
+    height, width = smooth.shape
+    scale = 64 / max(height, width)
+    size = max(3, round(width * scale)), max(3, round(height * scale))
+    small = cv2.resize(smooth, size, interpolation=cv2.INTER_AREA)
+    roughness = _roughness(small) - _roughness(1 - small)
+    if not tight:
+        return roughness < 0
+    dark = small * 255 <= _otsu(small)
+    edge = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).mean()
+    corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
+    # Paper that covers less than half of the image, and yet all of its edge, is a frame.
+    framed = (edge > 0.95 and dark.mean() < 0.5) or (edge < 0.05 and dark.mean() > 0.5)
+    return roughness < 0 if framed else edge + corners + 0.25 * roughness < 1
+
+
+def _otsu(smooth: Grey) -> float:
+    """Otsu's threshold ("A threshold selection method from gray-level histograms", 1979), on a scale of 0..255."""
+    return cv2.threshold((np.clip(smooth, 0, 1) * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)[0]
+
+
+def _paper(smooth: Grey) -> Grey:
+    """The image with all that is dark and narrower than a third of it filled in from around (a grey closing)."""
+    # Strokes are at most a fifth of a digit, those of a felt pen a little more.
+    reach = int(0.35 * max(smooth.shape)) | 1
+    closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_RECT, (reach, reach)))
+    return cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
+
+
+def _roughness(smooth: Grey) -> float:
+    """Mean slope of the paper, if the ink were dark, per image length and over the ink's contrast to it; 6 at most."""
+    paper = _paper(smooth)
+    contrast = paper - smooth
+    contrast = contrast - np.percentile(contrast, 30)
+    highest = float(contrast.max())
+    if highest <= 0:
+        return 6.0
+    typical = float(np.median(contrast[contrast > 0.3 * highest]))
+    slope_y, slope_x = np.gradient(paper)
+    return min(float(np.hypot(slope_x, slope_y).mean()) * max(smooth.shape) / typical / 3, 2.0)
+
+
+def ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
+    """How much darker each pixel is than the paper, as a share of the paper's brightness (0 on paper), and its noise."""
+    if tight:
+        # Archives' scans have even light, and so close a crop has too little paper to follow a shadow on.
+        light = smooth[smooth * 255 > _otsu(smooth)]
+        paper = np.full_like(smooth, np.median(light) if light.size else 1.0)
+    else:
+        paper = _paper(smooth)
+    # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
+    # keeps the noise of the deepest shadows down.
+    strength = (paper - smooth) / (paper + 0.1)
+    if tight:
+        return np.maximum(strength, 0), 0.0
+    tenth, low = np.percentile(strength, (10, 30))
+    # Of normal noise, these two percentiles lie 0.76 standard deviations apart.
+    return np.maximum(strength - low, 0), float(low - tenth) / 0.76
+
+
+# --- lines and frames ------------------------------------------------------------------------------------------------
+
+
+def foreign_parts(mask: Mask) -> Mask:
+    """Frames, the lines of tables and of ruled paper, and what reaches in from outside: what is no part of the digit.
+
+    Empty if nothing would be left.
+    """
+    foreign = _crossing_lines(mask)
+    height, width = mask.shape
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask & (1 - foreign), connectivity=8)
+    border = np.ones_like(mask)
+    depth_y, depth_x = round(0.15 * height), round(0.15 * width)
+    border[depth_y : height - depth_y, depth_x : width - depth_x] = 0
+    share_at_border = np.bincount(labels.ravel(), weights=border.ravel(), minlength=count) / stats[:, cv2.CC_STAT_AREA]
+    inside = 0
+    drop = [False] * count
+    for label in range(1, count):
+        x, y, wide, high, area = (int(v) for v in stats[label])
+        at_edge = x == 0 or y == 0 or x + wide == width or y + high == height
+        drop[label] = at_edge and share_at_border[label] > 0.85
+        if wide > 0.5 * width and high > 0.5 * height:
+            drop[label] |= _is_frame(labels[y : y + high, x : x + wide] == label)
+        inside = max(inside, 0 if drop[label] else max(wide, high))
+    # A zero that fills the image also lies along its border: something as large as a digit must be left.
+    if inside < 0.2 * max(height, width):
+        return np.zeros_like(mask)
+    return foreign | np.array(drop, np.uint8)[labels]
+
+
+def _is_frame(component: NDArray[np.bool_]) -> bool:
+    """Whether a component follows its own bounding box on all four sides, corners included, and leaves the middle free."""
+    height, width = component.shape
+    y, x = max(2, round(0.12 * height)), max(2, round(0.12 * width))
+    sides = component[:y].any(0), component[-y:].any(0), component[:, :x].any(1), component[:, -x:].any(1)
+    return min(side.mean() for side in sides) > 0.9 and not component[2 * y : -2 * y, 2 * x : -2 * x].any()
+
+
+def _crossing_lines(mask: Mask) -> Mask:
+    """Straight lines that run through the whole image.
+
+    A stroke of the digit that does so (a 7's bar, or a 4's stem, in a close crop) is told from a line by what is left: without the
+    line, the digit stands free of the image's edges; without the bar, the 7's stem still reaches one. A line through the middle
+    must also be thinner than the pen.
+    """
+    height, width = mask.shape
+    lines = _level_lines(mask) + [np.ascontiguousarray(line.T) for line in _level_lines(np.ascontiguousarray(mask.T))]
+    if not lines:
+        return np.zeros_like(mask)
+    together = np.bitwise_or.reduce(lines)
+    rest = mask & (1 - together)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(rest, connectivity=8)
+    if count < 2:
+        return np.zeros_like(mask)
+    main = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+    left, top, wide, high = (int(v) for v in stats[main, :4])
+    free = left > 0 and top > 0 and left + wide < width and top + high < height
+    digit = (labels == main).astype(np.uint8)
+    near = cv2.dilate(digit, np.ones((3, 3), np.uint8))
+    pen = stroke_width(digit)
+    result = np.zeros_like(mask)
+    for line in lines:
+        rows, columns = np.flatnonzero(line.any(1)), np.flatnonzero(line.any(0))
+        at_border = min(rows[-1], columns[-1]) < 0.2 * max(height, width) or (
+            max(rows[0] / height, columns[0] / width) > 0.8
+        )
+        touches = bool((near & line).any())
+        if not touches or (free and (at_border or stroke_width(line) < 0.6 * pen)):
+            result |= line
+    return result
+
+
+def _level_lines(mask: Mask) -> list[Mask]:
+    """The pixels of each line within about 5 degrees of level that runs from the left edge to the right."""
+    height, width = mask.shape
+    # A slanting line is a staircase of runs; thickened a little, runs of a quarter of the width hold together.
+    thick = cv2.dilate(mask, np.ones((round(0.02 * height) | 1, 1), np.uint8))
+    runs = cv2.morphologyEx(thick, cv2.MORPH_OPEN, np.ones((1, max(3, width // 4)), np.uint8)) & mask
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(runs, connectivity=8)
+    lines = []
+    for label in range(1, count):
+        _, _, wide, high, area = (int(v) for v in stats[label])
+        if wide < 0.98 * width or high > 0.25 * height or area > 0.12 * height * wide:
+            continue
+        # Strokes that cross the line are taller than it is thick: they stay whole.
+        tall = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((int(1.7 * area / wide) + 3, 1), np.uint8))
+        line = (labels == label).astype(np.uint8) & (1 - tall)
+        if line.any():
+            lines.append(line)
+    return lines
+
+
+def stroke_width(mask: Mask) -> float:
+    """The typical width of a mask's strokes in pixels: twice the median distance of their middles from the paper."""
+    distance = cv2.distanceTransform(cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 3)
+    middle = distance[(distance > 0) & (distance >= cv2.dilate(distance, np.ones((3, 3), np.uint8)))]
+    return 2 * float(np.median(middle)) - 1 if middle.size else 0.0
+
+
+# --- the digit -------------------------------------------------------------------------------------------------------
+
+
+def digit_parts(mask: Mask, strength: Grey) -> Mask | None:
+    """The connected parts of the mask that make up the digit; None if there are none.
+
+    The one with most ink nearest to the middle, and those close to it that are more than specks. A part that reaches the image's
+    edge while the main part does not is a neighbour's.
+    """
+    height, width = mask.shape
+    count, labels, stats, centroids = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    if count < 2:
+        return None
+    x, y, wide, high, area = (stats[:, i].astype(np.float64) for i in range(5))
+    right, bottom = x + wide, y + high
+    at_edge = (x == 0) | (y == 0) | (right == width) | (bottom == height)
+    mass = np.bincount(labels.ravel(), weights=strength.ravel(), minlength=count)
+    off_centre = np.hypot(centroids[:, 0] / width - 0.5, centroids[:, 1] / height - 0.5)
+    score = mass * (1 - 0.8 * off_centre) * np.where(at_edge, 0.5, 1.0)
+    score[0] = -1
+    kept = score == score.max()
+    main_at_edge = bool(at_edge[kept].any())
+    while True:
+        left_end, top_end = x[kept].min(), y[kept].min()
+        right_end, bottom_end = right[kept].max(), bottom[kept].max()
+        gap_x = np.maximum(np.maximum(left_end - right, x - right_end), 0)
+        gap_y = np.maximum(np.maximum(top_end - bottom, y - bottom_end), 0)
+        reach = 0.25 * max(right_end - left_end, bottom_end - top_end)
+        part = (area > 0.03 * area[kept].sum()) & (np.maximum(gap_x, gap_y) <= reach)
+        overlaps = (np.maximum(gap_x, gap_y) == 0) & (centroids[:, 0] > left_end) & (centroids[:, 0] < right_end)
+        overlaps &= (centroids[:, 1] > top_end) & (centroids[:, 1] < bottom_end)
+        part &= main_at_edge | ~at_edge | overlaps
+        part[0] = False
+        if not (part & ~kept).any():
+            return kept[labels].astype(np.uint8)
+        kept |= part
+
+
+def sharpened(strength: Grey, digit: Mask) -> Ink | None:
+    """The digit's strength, 0 on paper, 1 in full ink and a short ramp between, as where a bilevel scan is averaged."""
+    peak = float(np.percentile(strength[digit > 0], 75))
+    near = cv2.dilate(digit, np.ones((5, 5), np.uint8))
+    sharp = np.clip((strength / peak - 0.25) / 0.5, 0, 1).astype(np.float32) * near
+    box = _box(sharp)
+    if box is None:
+        return None
+    top, left, bottom, right = box
+    pen = stroke_width((sharp[top:bottom, left:right] > 0.5).astype(np.uint8))
+    longest = max(bottom - top, right - left)
+    missing = MIN_PEN * longest - pen
+    if missing > 1:
+        size = round(missing) + 1
+        sharp = cv2.copyMakeBorder(sharp, size, size, size, size, cv2.BORDER_CONSTANT)
+        sharp = cv2.dilate(sharp, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+        box = _box(sharp)
+        assert box is not None
+    return Ink(sharp, box)
+
+
+# The pen's width as a share of the digit's longest side: of MNIST's digits, one in twenty is thinner.
+MIN_PEN = 0.09
+
+
+def _box(sharp: Grey) -> tuple[int, int, int, int] | None:
+    solid = sharp > 0.5
+    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
+    return (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1) if rows.size else None

@@ -1,0 +1,119 @@
+"""Batches of images that live on the device.
+
+All of MNIST is 47 MB as uint8. It is moved to the device once, and a batch is one indexing operation there: no worker
+processes, no copies, no Python per image.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mnist_accel.augment import apply_affine, draw_affine
+from mnist_accel.cli import UserError
+from mnist_accel.data import Split
+from mnist_accel.seeding import generator
+
+# Pads the last global batch of an epoch to full size: cross_entropy gives these no loss and no gradient.
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One process's share of a global batch.
+
+    Attributes:
+        micro_batches: pairs of float images (n, 1, 28, 28) in 0..1 and int64 labels (n,), `IGNORED_LABEL` where padded.
+        size: real images in the whole global batch, over all processes.
+    """
+
+    micro_batches: list[tuple[Tensor, Tensor]]
+    size: int
+
+
+class ResidentLoader:
+    """Yields this process's share of each global batch, every image once an epoch.
+
+    The order of images is a pure function of (seed, epoch) and a batch one of (seed, step): starting in the middle of an
+    epoch is starting at an index, and processes agree on the order without a word between them. Shapes never change,
+    which compiled models and CUDA graphs need.
+
+    Args:
+        split: the training images.
+        batch_size: images a global batch, over all processes and micro-batches.
+        rank, num_processes: which share is this process's.
+        micro_batches: how many parts (gradient accumulation steps) that share is split into.
+
+    Raises:
+        UserError: `batch_size` does not divide evenly.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        num_processes: int = 1,
+        micro_batches: int = 1,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        augment: bool = False,
+    ) -> None:
+        if batch_size % (num_processes * micro_batches):
+            raise UserError(
+                f"--batch-size {batch_size} is the global batch and does not divide over {num_processes} processes x "
+                f"{micro_batches} accumulation steps: choose a multiple of {num_processes * micro_batches}"
+            )
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        share = batch_size // num_processes
+        size = share // micro_batches
+        self.slices = [slice(rank * share + i * size, rank * share + (i + 1) * size) for i in range(micro_batches)]
+        self.num_images = len(self.labels)
+        self.steps_per_epoch = -(-self.num_images // batch_size)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepBatch]:
+        """The batches of an epoch (0-based), beginning `first_step` optimizer steps into it."""
+        order = torch.randperm(self.num_images, generator=generator(self.seed, "order", epoch))
+        order = order.to(self.labels.device)
+        for index in range(first_step, self.steps_per_epoch):
+            step = epoch * self.steps_per_epoch + index
+            yield self._batch(order[index * self.batch_size : (index + 1) * self.batch_size], step)
+
+    def _batch(self, indices: Tensor, step: int) -> StepBatch:
+        size, padding = len(indices), self.batch_size - len(indices)
+        if padding:
+            indices = torch.cat([indices, indices[:1].expand(padding)])
+        theta = draw_affine(self.batch_size, self.seed, step) if self.augment else None
+        micro_batches = []
+        for part in self.slices:
+            images = self.images[indices[part]].unsqueeze(1).float().div_(255)
+            labels = self.labels[indices[part]]
+            if padding:
+                labels[max(0, size - part.start) :] = IGNORED_LABEL
+            if theta is not None:
+                images = apply_affine(images, theta[part])
+            micro_batches.append((images, labels))
+        return StepBatch(micro_batches, size)
+
+
+def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
+    """Part a split in two: what stays for training, and `size` images held out, the classes in proportion.
+
+    Raises:
+        UserError: `size` leaves nothing to train on.
+    """
+    if size >= len(split.labels):
+        raise UserError(
+            f"--validation-size {size} leaves none of the {len(split.labels)} training images: choose fewer"
+        )
+    shuffled = torch.randperm(len(split.labels), generator=generator(seed, "hold out"))
+    by_class = shuffled[split.labels[shuffled].argsort(stable=True)]
+    # Equally spaced places in the list sorted by class take from each class in proportion to its size.
+    held = torch.zeros(len(by_class), dtype=torch.bool)
+    held[((torch.arange(size) + 0.5) * len(by_class) / max(1, size)).long()] = True
+    kept, out = by_class[~held].sort().values, by_class[held].sort().values
+    return Split(split.images[kept], split.labels[kept]), Split(split.images[out], split.labels[out])

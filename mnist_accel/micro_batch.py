@@ -1,0 +1,57 @@
+"""Finding, together with all ranks, a micro-batch that fits into memory."""
+
+import gc
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_accel.cli import UserError
+
+
+def halvings_to_fit(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """How often a micro-batch must be halved until every rank has room for it.
+
+    Each try runs forward and backward without exchanging gradients, so that a rank that runs out of memory leaves no other
+    waiting inside a collective operation; then all ranks hear how it went, and all halve together. Shapes are the same in
+    every step, so what fits once fits always. (Accelerate's `find_executable_batch_size` shrinks on one rank without
+    telling the others.)
+
+    Args:
+        images: float (n, 1, 28, 28), the micro-batch, on the device.
+        labels: int64 (n,).
+
+    Raises:
+        UserError: the micro-batch does not fit and cannot be halved further.
+    """
+    halvings = 0
+    while True:
+        size = len(labels) >> halvings
+        failed = not _fits(accelerator, model, images[:size], labels[:size])
+        if not any(gather_object([failed])):
+            return halvings
+        if size % 2:
+            raise UserError(
+                f"out of memory with micro-batches of {size}, which cannot be halved: choose a smaller --batch-size"
+            )
+        halvings += 1
+
+
+def _fits(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor) -> bool:
+    model.train()
+    try:
+        with accelerator.no_sync(model):
+            F.cross_entropy(model(images), labels).backward()
+        return True
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says so in the message only
+        if not should_reduce_batch_size(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,66 @@
+"""The README.md beside saved weights: what the model is, how it was made, how it did, how to use it."""
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from mnist_accel.models import DigitClassifier, count_parameters
+
+
+def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
+    """A model card in the Hub's format, metadata included.
+
+    Args:
+        model: the network.
+        facts: `dataset`, `epoch`, `step`, `split` (that was evaluated), `accuracy` (0..1), `loss`, `options`.
+    """
+    dataset, accuracy = facts["dataset"], facts["accuracy"]
+    metadata = ModelCardData(
+        license="mit",
+        library_name="mnist_accel",
+        pipeline_tag="image-classification",
+        tags=["mnist", "accelerate", "safetensors"],
+        datasets=[dataset] if dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) else None,
+        metrics=["accuracy"],
+        model_name=model.name,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split=facts["split"],
+                metric_type="accuracy",
+                metric_value=round(accuracy, 6),
+            )
+        ],
+    )
+    options = "\n".join(f"    {name}: {value}" for name, value in facts["options"].items())
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {model.name}
+
+Classifies 28x28 images into {len(model.class_names)} classes: {", ".join(model.class_names)}.
+{count_parameters(model):,} parameters, trained on {dataset} with Hugging Face Accelerate.
+
+| | |
+|---|---|
+| epoch, optimizer step | {facts["epoch"]}, {facts["step"]:,} |
+| accuracy ({facts["split"]} split) | {accuracy:.2%} |
+| average loss ({facts["split"]} split) | {facts["loss"]:.4f} |
+
+## Use
+
+    import mnist_accel
+    model = mnist_accel.load_model("FOLDER")   # this folder, or its Hub id
+    logits = model(images)                     # float (N, 1, 28, 28) in 0..1, white ink on black
+
+Normalisation is part of the network. Photos and scans are first brought into MNIST's form:
+`python scripts/predict_dir.py images/ --model FOLDER`.
+
+## Training
+
+    scripts/train.py with
+{options}
+"""

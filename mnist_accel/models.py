@@ -1,0 +1,171 @@
+"""The networks, and how weights are written and read back.
+
+Every network takes float images (N, 1, 28, 28) in 0..1, white ink on black, and returns logits (N, classes):
+normalisation is inside it, so that an exported file needs none.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_accel.cli import UserError
+
+SHIPPED = Path(__file__).parent / "pretrained"
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+DIGITS = [str(digit) for digit in range(10)]
+# Mean and standard deviation of MNIST's training pixels in 0..1.
+MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
+
+
+class DigitClassifier(nn.Module):
+    """What all networks share: a name, the classes, and the confidence temperature that predictions divide by."""
+
+    name: str
+    class_names: list[str]
+    temperature: float
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return (images - MNIST_MEAN) / MNIST_STD
+
+
+class MnistNet(DigitClassifier):
+    """The original network, 421,642 parameters at 10 classes.
+
+    conv 3x3 1->32, ReLU, max-pool 2; conv 3x3 32->64, ReLU, max-pool 2; linear 3136->128, ReLU, dropout; linear.
+    ReLU is monotonic, so it stands after each max-pool: the same function at a quarter of the work.
+    """
+
+    def __init__(self, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.linear1 = nn.Linear(64 * 7 * 7, 128)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(128, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(F.max_pool2d(self.conv1(self.normalise(images)), 2))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(self.linear1(x.flatten(1)))
+        return self.linear2(self.dropout(x))
+
+
+MODELS: dict[str, Callable[[int, float], DigitClassifier]] = {"mnist_net": MnistNet}
+
+
+def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5) -> DigitClassifier:
+    """A freshly initialised network in train mode; it draws from torch's global generator.
+
+    Raises:
+        UserError: there is no network of this name.
+    """
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    model = MODELS[name](len(class_names), dropout)
+    model.name, model.class_names, model.temperature = name, list(class_names), 1.0
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_model(model: DigitClassifier, folder: Path, state_dict: dict[str, Tensor] | None = None, **facts: Any) -> None:
+    """Write `model.safetensors` and `config.json` into `folder`.
+
+    Args:
+        model: the unwrapped network, whose name and classes are recorded.
+        folder: made if missing.
+        state_dict: the weights to write; the model's own unless given.
+        facts: JSON values to record beside them, such as the data set and the accuracy.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = model.state_dict() if state_dict is None else state_dict
+    # The plain contiguous layout: the file should not tell on which device or in what memory format it was trained.
+    plain = {k: v.detach().to("cpu", memory_format=torch.contiguous_format).contiguous() for k, v in weights.items()}
+    save_file(plain, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    config = {
+        "model": model.name,
+        "class_names": model.class_names,
+        "input": {"shape": ["N", 1, 28, 28], "range": [0.0, 1.0], "ink": "white on black"},
+        "parameters": count_parameters(model),
+        "temperature": model.temperature,
+        **facts,
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
+    """The network of a weights folder in eval mode on the CPU; reads safetensors and JSON only, never a pickle.
+
+    Args:
+        path_or_hub_id: a folder with `model.safetensors` and `config.json`, a run's folder (its `best/`, else its
+            `final/`), a Hub id `USER/NAME`, or None for the weights shipped in the package.
+
+    Raises:
+        UserError: nothing is there, or what is there is damaged or of another network.
+    """
+    folder = find_weights(path_or_hub_id)
+    config = _read_config(folder)
+    model = build_model(config["model"], config["class_names"])
+    model.temperature = float(config.get("temperature", 1.0))
+    try:
+        weights = load_file(folder / WEIGHTS_NAME)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS_NAME} cannot be read as safetensors: {error}") from error
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    if {k: tuple(v.shape) for k, v in weights.items()} != expected:
+        raise UserError(f"{folder / WEIGHTS_NAME} does not hold the weights of {model.name}")
+    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+        raise UserError(f"{folder / WEIGHTS_NAME} holds weights that are not finite numbers")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def find_weights(path_or_hub_id: str | Path | None) -> Path:
+    """The local folder that `load_model` reads for this argument, downloaded from the Hub if need be.
+
+    Raises:
+        UserError: there is no such folder and no such Hub repository.
+    """
+    if path_or_hub_id is None:
+        return SHIPPED
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        for folder in (path, path / "best", path / "final"):
+            if (folder / WEIGHTS_NAME).is_file():
+                return folder
+        raise UserError(f"no {WEIGHTS_NAME} in {path}, nor in its best/ or final/: give a run's or a weights folder")
+    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")) or path.exists():
+        raise UserError(
+            f"no model folder {path_or_hub_id}: give a run's folder, a weights folder or a Hub id USER/NAME"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = [hf_hub_download(str(path_or_hub_id), name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no folder {path_or_hub_id}, and the Hub gives no such model: {reason}") from error
+    return Path(files[0]).parent
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        names = config["class_names"]
+        if not (isinstance(config["model"], str) and names and all(isinstance(name, str) for name in names)):
+            raise ValueError("'model' and 'class_names' must be text")
+        float(config.get("temperature", 1.0))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG_NAME} is not a model description of this project: {error}") from error
+    return config

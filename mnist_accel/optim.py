@@ -1,0 +1,58 @@
+"""Optimizers, and the learning rate as a pure function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from mnist_accel.config import TrainConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, in its fused form; weight decay applies to matrices and kernels only."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True, fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    assert config.optimizer == "adam", config.optimizer
+    return torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """The rate for optimizer step `step` (0-based) of `total_steps`.
+
+    A scheduler object counts its own calls, and a prepared one is called once a process; a function of the global step
+    is right after a resume and on any number of processes. `onecycle` follows Smith & Topin 2018 in cosine form: it
+    rises from 1/25 of the peak over the first 30% of the steps (or `warmup_fraction`) and falls to 1/10,000 of the start.
+    """
+    peak = config.learning_rate
+    if config.scheduler == "onecycle":
+        rise = max(1.0, (config.warmup_fraction or 0.3) * total_steps)
+        if step < rise:
+            return _cosine(peak / 25, peak, step / rise)
+        return _cosine(peak, peak / 250_000, (step - rise) / max(1.0, total_steps - 1 - rise))
+    warmup = config.warmup_fraction * total_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
+    if config.scheduler == "cosine":
+        return _cosine(peak, 0.0, progress)
+    if config.scheduler == "linear":
+        return peak * (1 - progress)
+    assert config.scheduler == "constant", config.scheduler
+    return peak
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

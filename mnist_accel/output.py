@@ -1,0 +1,113 @@
+"""Write rows of predictions to a file that is complete or not there at all."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mnist_accel.cli import UserError
+
+FORMATS = (".csv", ".jsonl", ".parquet")
+# Parquet compresses and is read by groups of rows; this many take a few megabytes with all probabilities.
+ROW_GROUP = 16_384
+
+
+def check_output(output: str) -> None:
+    """Raises UserError if predictions cannot be written to `output`: before the work, not after it."""
+    if output == "-":
+        return
+    if Path(output).suffix.lower() not in FORMATS:
+        raise UserError(f"cannot tell the format of {output}: its name should end in .csv, .jsonl or .parquet")
+    check_writable(Path(output))
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if there can be no file of this name."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file to write")
+    try:
+        with replacing(path) as temporary:
+            temporary.touch()
+            raise _OnlyTrying
+    except _OnlyTrying:
+        return
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another name") from error
+
+
+class _OnlyTrying(Exception):
+    pass
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it takes the place of `path` at the end, and nothing is left after an error."""
+    if path.exists() and not path.is_file():
+        # A pipe or a device cannot be replaced, only written to.
+        yield path
+        return
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(rows: Iterable[list[Any]], output: str, columns: dict[str, type]) -> None:
+    """Write rows of values to a .csv, .jsonl or .parquet file, or as CSV to stdout for `-`, as they come.
+
+    A file appears under its name, in place of an older one, only when it is complete.
+
+    Args:
+        rows: as many values each as there are columns; None for none.
+        output: the file's name, its ending the format, or `-`.
+        columns: name -> str, int or float.
+
+    Raises:
+        UserError: the file cannot be written, such as on a full disk.
+    """
+    if output == "-":
+        _write_csv(rows, sys.stdout.fileno(), columns)
+        return
+    write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[Path(output).suffix.lower()]
+    try:
+        with replacing(Path(output)) as path:
+            write(rows, path, columns)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}; nothing was changed there") from error
+
+
+def _write_csv(rows: Iterable[list[Any]], path: Path | int, columns: dict[str, type]) -> None:
+    with open(path, "w", encoding="utf-8", newline="", closefd=not isinstance(path, int)) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _write_jsonl(rows: Iterable[list[Any]], path: Path | int, columns: dict[str, type]) -> None:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+
+
+def _write_parquet(rows: Iterable[list[Any]], path: Path | int, columns: dict[str, type]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
+    iterator = iter(rows)
+    with parquet.ParquetWriter(path, schema) as writer:
+        for first in iterator:
+            group = [first, *islice(iterator, ROW_GROUP - 1)]
+            arrays = [pa.array(v, field.type) for v, field in zip(zip(*group, strict=True), schema, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

@@ -1,0 +1,84 @@
+"""What a person sees of a run: lines on the terminal, the progress bar, the trackers. Only the main process speaks."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from mnist_accel.config import TrainConfig
+
+
+class Reporter:
+    """Speaks for the run; every rank has one, and its methods do nothing beyond the main process."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        self.accelerator, self.config = accelerator, config
+        self.bar: tqdm | None = None
+
+    def say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    def start_trackers(self, folder: Path, resumed_step: int | None) -> None:
+        """Start the tracker that `--report-to` names, TensorBoard in `folder`/tensorboard.
+
+        What an interrupted run had logged beyond the checkpoint it resumes from is purged by TensorBoard itself.
+        """
+        if self.config.report_to == "none":
+            return
+        self.accelerator.project_configuration.set_directories(str(folder))
+        tensorboard = self.config.report_to == "tensorboard"
+        self.accelerator.init_trackers(
+            "tensorboard" if tensorboard else "mnist_accel",
+            # As hyperparameters TensorBoard would write a run of its own beside this one.
+            config=None if tensorboard else self.config.options(),
+            init_kwargs={"tensorboard": {} if resumed_step is None else {"purge_step": resumed_step + 1}},
+        )
+
+    def start_epoch(self, epoch: int, images_done: int, images: int) -> None:
+        """Show a bar for an epoch (0-based) where the output is a terminal."""
+        if self.accelerator.is_main_process:
+            self.bar = tqdm(
+                desc=f"Epoch {epoch + 1}/{self.config.epochs}",
+                initial=images_done,
+                total=images,
+                unit=" images",
+                leave=False,
+                disable=None,
+                dynamic_ncols=True,
+            )
+
+    def advance(self, images: int) -> None:
+        if self.bar is not None:
+            self.bar.update(images)
+
+    def end_epoch(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def log_step(self, step: int, epoch: int, done: int, images: int, loss: float, rate: float, speed: float) -> None:
+        """A progress line, and the same numbers to the trackers; `loss` is the epoch's mean so far."""
+        self.say(
+            f"Epoch {epoch + 1}/{self.config.epochs} [{done:>{len(str(images))}}/{images} ({done / images:.0%})]  "
+            f"Step: {step}  Loss: {loss:.4f}  Learning rate: {rate:.3g}  {speed:,.0f} images/s"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
+
+    def log_epoch(self, row: dict[str, Any]) -> None:
+        self.accelerator.log(
+            {f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")}, step=row["step"]
+        )
+
+    def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Send a uint8 (H, W, 3) picture to the trackers that take pictures."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: picture[None]}, step=step, **kwargs)

@@ -1,0 +1,433 @@
+"""Training: set up, the one loop, and what is left on disk at its end."""
+
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnist_accel import figures, metrics
+from mnist_accel.averaging import WeightAverage
+from mnist_accel.checkpoint import CheckpointWriter, TrainState
+from mnist_accel.cli import UserError
+from mnist_accel.config import TrainConfig
+from mnist_accel.data import Split, load_data
+from mnist_accel.distributed import StopSignals, agree, build_accelerator, describe_device, together
+from mnist_accel.evaluation import predict_logits
+from mnist_accel.loader import IGNORED_LABEL, ResidentLoader, hold_out
+from mnist_accel.micro_batch import halvings_to_fit
+from mnist_accel.models import DigitClassifier, build_model, count_parameters, load_model
+from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
+from mnist_accel.reporting import Reporter
+from mnist_accel.run_folder import RunFolder, choose_folder
+from mnist_accel.seeding import derive_seed
+
+# Reading a number from a GPU waits for all the work queued there, so there the loop looks at its loss, and asks the other
+# ranks about signals, only every so many steps, and before anything is written. A CPU has no queue: every step.
+ACCELERATOR_CHECK_INTERVAL = 20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a network did on a split: mean cross-entropy, accuracy in 0..1, and the logits (N, C) they come from."""
+
+    loss: float
+    accuracy: float
+    correct: int
+    logits: Tensor
+
+
+class Trainer:
+    """One training run, from its options to its folder.
+
+    Raises:
+        UserError: from any method, and then on all ranks, for what the user can mend.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.folder = RunFolder(choose_folder(config))
+        self.accelerator = build_accelerator(config.gradient_accumulation_steps, config.report_to, self.folder.path)
+        self.reporter = Reporter(self.accelerator, config)
+        self.is_main = self.accelerator.is_main_process
+        device = self.accelerator.device
+        choose_kernels(config.deterministic)
+
+        with together(self.accelerator):
+            self.data = load_data(config.dataset)
+        train_split, self.eval_split, self.eval_name = self.data.train, self.data.test, "test"
+        if config.validation_size:
+            train_split, self.eval_split = hold_out(self.data.train, config.validation_size, config.seed)
+            self.eval_name = "validation"
+        self.loader = self._build_loader(train_split)
+
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        # channels_last is the layout in which CPUs and tensor cores convolve without reordering.
+        self.network = build_model(config.model, self.data.class_names, config.dropout).to(
+            device, memory_format=torch.channels_last
+        )
+        self.average = None if config.ema_decay is None else WeightAverage(self.network, config.ema_decay)
+        self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config))
+        if config.auto_batch_size:
+            first_micro_batch = next(self.loader.epoch(0)).micro_batches[0]
+            self.accelerator.gradient_accumulation_steps <<= halvings_to_fit(
+                self.accelerator, self.model, *first_micro_batch
+            )
+            self.loader = self._build_loader(train_split)
+
+        checkpoint = self._open_folder()
+        self.state = TrainState(**checkpoint["state"]) if checkpoint else TrainState()
+        # Each rank sums the loss of its own images; what a checkpoint holds is the sum over ranks, so one rank takes it.
+        loss_sum = self.state.loss_sum if self.is_main else 0.0
+        self.loss_sum = torch.tensor(loss_sum, dtype=torch.float32 if device.type == "mps" else torch.float64).to(
+            device
+        )
+        if checkpoint:
+            self._restore(checkpoint)
+        self.total_steps = config.epochs * self.loader.steps_per_epoch
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
+        self.check_interval = 1 if device.type == "cpu" else ACCELERATOR_CHECK_INTERVAL
+        self.writer = CheckpointWriter(self.folder.checkpoints, config.keep_checkpoints)
+
+    def run(self) -> int:
+        """Train to the end or to a stop signal; returns the exit status, 128 + the signal's number after a signal."""
+        config, accelerator, state, loader = self.config, self.accelerator, self.state, self.loader
+        self._announce()
+        # The loss is the sum over this micro-batch divided by the images in the global batch. `backward` divides it by
+        # the number of micro-batches and DDP by the number of processes; undone here, for short last batches too.
+        gradient_scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+        stop_signal = 0
+        with StopSignals() as signals:
+            while state.step < self.last_step and not self._out_of_patience() and not stop_signal:
+                epoch, first_step = divmod(state.step, loader.steps_per_epoch)
+                self.reporter.start_epoch(epoch, first_step * config.batch_size, loader.num_images)
+                self.model.train()
+                self._started = time.perf_counter()
+                for batch in loader.epoch(epoch, first_step):
+                    rate = learning_rate(state.step, self.total_steps, config)
+                    set_learning_rate(self.optimizer, rate)
+                    torch.manual_seed(derive_seed(config.seed, "dropout", state.step, accelerator.process_index))
+                    for images, labels in batch.micro_batches:
+                        with accelerator.accumulate(self.model):
+                            logits = self.model(images)
+                            loss = F.cross_entropy(
+                                logits,
+                                labels,
+                                reduction="sum",
+                                ignore_index=IGNORED_LABEL,
+                                label_smoothing=config.label_smoothing,
+                            )
+                            accelerator.backward(loss * (gradient_scale / batch.size))
+                            self.loss_sum += loss.detach()
+                            if accelerator.sync_gradients:
+                                if (state.step + 1) % self.check_interval == 0:
+                                    stop_signal = self._check_loss_and_signals(rate, signals)
+                                if config.max_grad_norm is not None:
+                                    accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                            self.optimizer.step()
+                            self.optimizer.zero_grad()
+                    state.step += 1
+                    if self.average is not None:
+                        self.average.update(self.network, state.step)
+                    self.reporter.advance(batch.size)
+                    if state.step % config.log_every == 0:
+                        self._log_progress(epoch, rate)
+                    if state.step == self.last_step or stop_signal or self._checkpoint_is_due():
+                        if state.step % loader.steps_per_epoch:  # else the epoch is evaluated before it is saved
+                            self._save_checkpoint()
+                        if state.step == self.last_step or stop_signal:
+                            break
+                self.reporter.end_epoch()
+                if state.step % loader.steps_per_epoch == 0:
+                    self._end_epoch()
+        return self._stop(stop_signal) if stop_signal and state.step < self.last_step else self._finish()
+
+    # Parts of the loop
+
+    def _check_loss_and_signals(self, rate: float, signals: StopSignals) -> int:
+        """Called before the weights move; returns the signal that any rank got, 0 for none.
+
+        Raises:
+            UserError: the loss is not finite on some rank.
+        """
+        # A sum once not finite stays so: it tells of every step since the last check.
+        loss_sum, stop_signal = agree(self.accelerator, self.loss_sum, signals.received)
+        self._refuse_non_finite(loss_sum, rate)
+        return stop_signal
+
+    def _refuse_non_finite(self, loss_sum: float, rate: float) -> None:
+        if math.isfinite(loss_sum):
+            return
+        with together(self.accelerator):
+            saved = self.writer.newest() if self.is_main else None
+            since = f"within the {self.check_interval} steps up to " if self.check_interval > 1 else "at "
+            raise UserError(
+                f"the loss is not finite {since}step {self.state.step + 1}, at learning rate {rate:g}; the last good "
+                f"checkpoint is {saved or 'none yet'}: lower --learning-rate or set --max-grad-norm 1"
+            )
+
+    def _total_loss(self) -> float:
+        """The loss summed over this epoch's images so far, of all ranks; a collective operation."""
+        return self.accelerator.reduce(self.loss_sum.clone(), reduction="sum").item()
+
+    def _clock(self) -> float:
+        """Seconds that this epoch has trained; ends the measurement so far and starts the next."""
+        now = time.perf_counter()
+        self.state.seconds, self._started = self.state.seconds + now - self._started, now
+        return self.state.seconds
+
+    def _log_progress(self, epoch: int, rate: float) -> None:
+        done = self._images_done()
+        loss = self._total_loss() / done
+        self.reporter.log_step(self.state.step, epoch, done, self.loader.num_images, loss, rate, done / self._clock())
+
+    def _images_done(self) -> int:
+        steps = self.state.step % self.loader.steps_per_epoch or self.loader.steps_per_epoch
+        return min(steps * self.config.batch_size, self.loader.num_images)
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint_every
+        return isinstance(every, int) and self.state.step % every == 0
+
+    def _save_checkpoint(self) -> None:
+        self.state.loss_sum = self._total_loss()
+        self._refuse_non_finite(self.state.loss_sum, self._rate())
+        self._clock()
+        with together(self.accelerator):
+            if self.is_main:
+                scaler = self.accelerator.scaler
+                self.writer.save(
+                    self.state.step,
+                    {
+                        "options": self.config.options(),
+                        "fingerprint": self.data.fingerprint,
+                        "state": asdict(self.state),
+                        "model": self.network.state_dict(),
+                        "average": self.average.model.state_dict() if self.average else None,
+                        "optimizer": self.optimizer.state_dict(),
+                        "scaler": scaler.state_dict() if scaler else None,
+                    },
+                )
+
+    def _end_epoch(self) -> None:
+        """Evaluate, write the epoch's row, keep the best weights, and save where the epoch is complete."""
+        state, loader = self.state, self.loader
+        done = self._images_done()
+        train_loss = self._total_loss() / done
+        seconds = self._clock()
+        self._refuse_non_finite(train_loss, self._rate())
+        result = self.evaluate(self.eval_split)
+        state.history.append(
+            {
+                "epoch": -(-state.step // loader.steps_per_epoch),
+                "step": state.step,
+                "train_loss": round(train_loss, 6),
+                "eval_loss": round(result.loss, 6),
+                "eval_accuracy": result.accuracy,
+                "learning_rate": self._rate(),
+                "train_seconds": round(seconds, 3),
+                "images_per_second": round(done / seconds, 1),
+            }
+        )
+        is_best = result.accuracy > state.best_accuracy
+        state.epochs_without_improvement = 0 if is_best else state.epochs_without_improvement + 1
+        if is_best:
+            state.best_epoch, state.best_accuracy = state.history[-1]["epoch"], result.accuracy
+        self.reporter.say(
+            f"{self.eval_name.capitalize()} set: Average loss: {result.loss:.4f}, "
+            f"Accuracy: {result.correct}/{len(self.eval_split.labels)} ({result.accuracy:.2%})"
+            + (" - new best" if is_best else f" - best so far {state.best_accuracy:.2%} in epoch {state.best_epoch}")
+        )
+        with together(self.accelerator):
+            if self.is_main:
+                if is_best:
+                    self._write_weights("best", self.eval_name, result)
+                self.folder.write_metrics(state.history)
+                self.reporter.log_epoch(state.history[-1])
+        self.loss_sum.zero_()
+        state.seconds = 0.0
+        self._started = time.perf_counter()
+        if state.step % loader.steps_per_epoch == 0:
+            self._save_checkpoint()
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.state.epochs_without_improvement >= patience
+
+    def _rate(self) -> float:
+        """The learning rate of the step done last."""
+        return learning_rate(max(0, self.state.step - 1), self.total_steps, self.config)
+
+    # Evaluation
+
+    def evaluated_network(self) -> DigitClassifier:
+        """The network that is evaluated and kept: the averaged one where there is one.
+
+        It is never the wrapped one: DDP would exchange buffers on every forward pass and wait for ranks with fewer batches.
+        """
+        return self.average.model if self.average else self.network
+
+    def evaluate(self, split: Split) -> Evaluation:
+        """Each rank answers its own images and all ranks get all answers: every image counts exactly once."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        total = len(split.labels)
+        own = slice(total * rank // ranks, total * (rank + 1) // ranks)
+        logits = torch.zeros(total, len(self.data.class_names), device=self.accelerator.device)
+        with self.accelerator.autocast():
+            logits[own] = predict_logits(self.evaluated_network(), split.images[own], logits.device)
+        logits = self.accelerator.reduce(logits, reduction="sum")  # the other ranks' rows are zero
+        labels = split.labels.to(logits.device)
+        loss = F.cross_entropy(logits.double().cpu(), labels.cpu()).item()
+        correct = int((logits.argmax(dim=1) == labels).sum())
+        return Evaluation(loss, correct / total, correct, logits)
+
+    # The run's folder
+
+    def _open_folder(self) -> dict[str, Any] | None:
+        """Rank 0 reads the checkpoint, if any, and tells the others, which may not share its disk."""
+        checkpoint: list[Any] = [None]
+        with together(self.accelerator):
+            if self.is_main:
+                checkpoint[0] = self.folder.open(self.config, self.data.fingerprint)
+                self.folder.write_config(
+                    self.config,
+                    dataset_fingerprint=self.data.fingerprint,
+                    dataset_source=self.data.source,
+                    world_size=self.accelerator.num_processes,
+                    gradient_accumulation_steps=self.accelerator.gradient_accumulation_steps,
+                    mixed_precision=self.accelerator.mixed_precision,
+                    device=describe_device(self.accelerator),
+                    command=" ".join(sys.argv),
+                )
+            resumed_step = checkpoint[0]["state"]["step"] if checkpoint[0] else None
+            self.reporter.start_trackers(self.folder.path, resumed_step)
+        broadcast_object_list(checkpoint)
+        return checkpoint[0]
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        self.network.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.average:
+            self.average.model.load_state_dict(checkpoint["average"])
+        if self.accelerator.scaler and checkpoint["scaler"]:
+            self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
+
+    def _write_weights(self, name: str, split_name: str, result: Evaluation) -> None:
+        facts = {
+            "dataset": self.config.dataset,
+            "dataset_fingerprint": self.data.fingerprint,
+            "split": split_name,
+            "accuracy": result.accuracy,
+            "loss": result.loss,
+            "epoch": -(-self.state.step // self.loader.steps_per_epoch),
+            "step": self.state.step,
+            "options": self.config.options(),
+        }
+        network = self.evaluated_network()
+        self.folder.write_weights(name, network, network.state_dict(), facts)
+
+    def _finish(self) -> int:
+        """Leave `final/`, the last row of metrics.jsonl and the figures."""
+        state, test = self.state, self.data.test
+        if not state.history or state.history[-1]["step"] != state.step:
+            self._end_epoch()  # --max-steps ended within an epoch
+        result = self.evaluate(test)
+        with together(self.accelerator):
+            if self.is_main:
+                self.writer.wait()
+                self._write_weights("final", "test", result)
+                final = {"final": True, "step": state.step, "test_loss": round(result.loss, 6)}
+                final |= {"test_accuracy": result.accuracy, "best_epoch": state.best_epoch}
+                if self.config.validation_size:
+                    final["best_test_accuracy"] = self._test_accuracy_of_best()
+                self.folder.write_metrics([*state.history, final])
+                self._draw_figures(result)
+                self.reporter.log_epoch(final)
+        if self.config.validation_size:
+            self.reporter.say(
+                f"Test set (read once): Average loss: {result.loss:.4f}, "
+                f"Accuracy: {result.correct}/{len(test.labels)} ({result.accuracy:.2%})"
+            )
+        self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
+        self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
+        self.accelerator.end_training()
+        return 0
+
+    def _test_accuracy_of_best(self) -> float:
+        best = load_model(self.folder.path / "best").to(self.accelerator.device)
+        with self.accelerator.autocast():
+            logits = predict_logits(best, self.data.test.images, self.accelerator.device)
+        return (logits.argmax(dim=1).cpu() == self.data.test.labels).float().mean().item()
+
+    def _draw_figures(self, result: Evaluation) -> None:
+        labels, names = self.data.test.labels, self.data.class_names
+        probabilities = result.logits.softmax(dim=1).cpu()
+        confusion = metrics.confusion_matrix(probabilities.argmax(dim=1), labels, len(names))
+        pictures = {
+            "curves": lambda path: figures.draw_curves(self.state.history, path),
+            "confusion_matrix": lambda path: figures.draw_confusion_matrix(confusion, names, path),
+            "mistakes": lambda path: figures.draw_mistakes(self.data.test.images, labels, probabilities, names, path),
+        }
+        for name, draw in pictures.items():
+            self.reporter.log_picture(name, self.folder.draw(f"{name}.png", draw), self.state.step)
+
+    def _stop(self, stop_signal: int) -> int:
+        """After a signal: the checkpoint is on disk before the process ends."""
+        with together(self.accelerator):
+            if self.is_main:
+                self.writer.wait()
+        self.reporter.say(
+            f"Stopped by {signal.Signals(stop_signal).name} after step {self.state.step}; the state is saved: continue "
+            f"with the same options and --output-dir {self.folder.path} --resume auto"
+        )
+        self.accelerator.end_training()
+        return 128 + stop_signal
+
+    # Setting up
+
+    def _build_loader(self, split: Split) -> ResidentLoader:
+        return ResidentLoader(
+            split,
+            self.config.batch_size,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            micro_batches=self.accelerator.gradient_accumulation_steps,
+            seed=self.config.seed,
+            device=self.accelerator.device,
+            augment=self.config.augment,
+        )
+
+    def _announce(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        micro_batches = accelerator.gradient_accumulation_steps
+        share = config.batch_size // accelerator.num_processes // micro_batches
+        held_out = f", {len(self.eval_split.labels):,} held out for validation" if config.validation_size else ""
+        self.reporter.say(f"Device: {describe_device(accelerator)}")
+        self.reporter.say(
+            f"Data: {self.data.source}: {self.loader.num_images:,} training images, {len(self.data.test.labels):,} test "
+            f"images{held_out}, {len(self.data.class_names)} classes"
+        )
+        self.reporter.say(
+            f"Model: {config.model}, {count_parameters(self.network):,} parameters; recipe {config.recipe}; global batch "
+            f"{config.batch_size} = {accelerator.num_processes} x {micro_batches} x {share}"
+        )
+        resumed = f", resumed after step {self.state.step}" if self.state.step else ""
+        self.reporter.say(f"Run: {self.folder.path}, {self.last_step:,} steps{resumed}")
+        self._started = time.perf_counter()
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Fast kernels, or with `--deterministic` those that give the same bits every time (slower on a GPU)."""
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are noise and cost a CPU a hundred cycles each
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS reads this when it starts; without it `use_deterministic_algorithms` is an error in every matrix product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,68 @@
+"""Measure a trained model, or several together as an ensemble, on one split of a data set."""
+
+import json
+from pathlib import Path
+
+from mnist_accel.cli import CommandLine, UserError, is_first_rank, run_script
+
+
+def main() -> int:
+    parser = CommandLine(description=__doc__)
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        help="a run's folder, a weights folder or a Hub id; several are averaged as an ensemble; if none is given, the "
+        "newest runs/*/best (runs on digits aside), else the weights shipped in the package",
+    )
+    parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
+    parser.add_argument("--split", default="test", choices=["test", "train"], help="the images to measure on")
+    parser.add_argument("--batch-size", type=int, default=1000, help="images at once; the results do not depend on it")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write every measure to this file")
+    parser.add_argument("--mistakes", type=Path, metavar="FILE.png", help="draw the most confident mistakes")
+    parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
+    options = parser.parse_args()
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: give at least 1")
+
+    from accelerate import PartialState
+
+    from mnist_accel.data import load_data
+    from mnist_accel.distributed import use_all_cores
+    from mnist_accel.evaluation import evaluate, load_models
+    from mnist_accel.figures import draw_confusion_matrix, draw_mistakes
+    from mnist_accel.models import count_parameters
+    from mnist_accel.predict import default_model
+
+    use_all_cores()
+    device = PartialState().device
+    if not is_first_rank():
+        return 0  # seconds of work: one process does it, however many were launched
+    names = options.model or [default_model()]
+    data = load_data(options.dataset)
+    split = data.test if options.split == "test" else data.train
+    models = load_models(names, data.class_names)
+    described = []
+    for name, model in zip(names, models, strict=True):
+        size = count_parameters(model)
+        described.append({"path": str(name), "name": model.name, "parameters": size, "temperature": model.temperature})
+        print(f"model              {name} ({model.name}, {size:,} parameters, temperature {model.temperature:.3g})")
+    print(f"data set           {data.source}, {options.split} split, {len(split.labels):,} images, on {device}")
+    result = evaluate(models, split, data.class_names, device, options.batch_size)
+    print(result.as_text())
+
+    if options.output:
+        dataset = {"dataset": options.dataset, "fingerprint": data.fingerprint, "split": options.split}
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps({"models": described, **dataset, **result.as_json()}, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {options.output}: {error.strerror or error}") from error
+    if options.mistakes:
+        draw_mistakes(split.images, split.labels, result.probabilities, data.class_names, options.mistakes)
+    if options.confusion:
+        draw_confusion_matrix(result.confusion, data.class_names, options.confusion)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,40 @@
+"""Write a trained model as TorchScript, ONNX or torch.export, and check the file against the model."""
+
+from pathlib import Path
+
+from mnist_accel.cli import CommandLine, UserError, run_script
+
+ENDINGS = {"torchscript": ".pt", "onnx": ".onnx", "torch-export": ".pt2"}
+
+
+def main() -> int:
+    parser = CommandLine(description=__doc__)
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    parser.add_argument(
+        "--model",
+        help="a run's folder, a weights folder or a Hub id; if none is given, the newest runs/*/best (runs on digits "
+        "aside), else the weights shipped in the package",
+    )
+    parser.add_argument("--format", required=True, choices=list(ENDINGS), help="onnx needs the `export` extra")
+    parser.add_argument("--output", type=Path, help="the file to write; if not given, `model` with the format's ending")
+    options = parser.parse_args()
+    if options.model and options.positional_model:
+        raise UserError("the model is given twice: give MODEL or --model")
+    output = options.output or Path("model" + ENDINGS[options.format])
+
+    from mnist_accel.export import CHECKED_BATCH_SIZES, export_model
+    from mnist_accel.models import load_model
+    from mnist_accel.predict import default_model
+
+    name = options.model or options.positional_model or default_model()
+    model = load_model(name)
+    difference = export_model(model, options.format, output)
+    sizes = ", ".join(map(str, CHECKED_BATCH_SIZES))
+    print(f"model    {name} ({model.name}, {len(model.class_names)} classes)")
+    print(f"written  {output}, {output.stat().st_size:,} bytes")
+    print(f"checked  with batches of {sizes} images: no logit differs by more than {difference:.2g}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

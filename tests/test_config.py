@@ -1,0 +1,78 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from mnist_accel.cli import UserError
+from mnist_accel.config import FREE_ON_RESUME, TrainConfig, differing_options, parse_config
+
+
+def test_the_defaults_are_the_original_workflow():
+    config = parse_config([])
+    assert (config.epochs, config.batch_size, config.optimizer, config.learning_rate) == (10, 64, "adam", 0.001)
+    assert (config.dataset, config.model, config.dropout, config.validation_size) == ("ylecun/mnist", "mnist_net", 0.5, 0)
+
+
+def test_hyphens_and_underscores_are_the_same():
+    assert parse_config(["--batch_size", "32"]) == parse_config(["--batch-size=32"])
+
+
+def test_a_file_beats_defaults_and_the_command_line_beats_the_file(tmp_path):
+    file = tmp_path / "options.yaml"
+    file.write_text("batch-size: 128\nlearning_rate: 1e-2\naugment: true\nema_decay: off\n")
+    config = parse_config(["--config", str(file), "--batch-size", "256"])
+    assert (config.batch_size, config.learning_rate, config.augment, config.ema_decay) == (256, 0.01, True, None)
+    assert parse_config(["--config", str(file), "--no-augment"]).augment is False
+
+
+def test_the_config_that_a_run_leaves_repeats_it(tmp_path):
+    config = parse_config(["--max-steps", "7", "--resume", "auto", "--checkpoint-every", "5", "--augment"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.options() | {"provenance": {"world_size": 2}}))
+    assert parse_config(["--config", str(file)]) == config
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["--no-such-option", "1"], "--no-such-option"),
+        (["--model", "resnet"], "mnist_net"),
+        (["--optimizer", "lion"], "adam"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "many"], "--epochs"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--dropout", "1.5"], "--dropout"),
+        (["--batch", "64"], "--batch"),
+        (["stray"], "stray"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_in_one_line(arguments, names):
+    with pytest.raises(UserError) as error:
+        parse_config(arguments)
+    assert names in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["no_such_key: 1", "epochs: many", "epochs: [1, 2]", "augment: 3", "- a list", "a: b: c", "model: resnet"]
+)
+def test_a_mistake_in_a_file_is_named(tmp_path, text):
+    file = tmp_path / "options.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"options\.yaml"):
+        parse_config(["--config", str(file)])
+
+
+def test_options_that_change_the_result_may_not_differ_on_resume():
+    then = TrainConfig().options()
+    assert differing_options(then, TrainConfig(learning_rate=0.01)) == ["--learning-rate was 0.001, is 0.01"]
+    assert differing_options(then, TrainConfig(log_every=7, keep_checkpoints=5, epochs=20)) == []
+    assert differing_options(TrainConfig(scheduler="cosine").options(), TrainConfig(scheduler="cosine", epochs=20))
+    assert set(then) >= FREE_ON_RESUME
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys, mnist_accel.config as c\ntry: c.parse_config(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "--gradient-accumulation-steps" in result.stdout

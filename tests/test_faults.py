@@ -1,0 +1,149 @@
+"""What goes wrong on a machine ends in one line, with what was on disk intact."""
+
+import os
+import re
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from launching import Job, train
+from test_same_numbers import rows, weights
+
+OPTIONS = ["--batch-size", "16", "--epochs", "2", "--dropout", "0", "--log-every", "1"]
+
+
+def run(dataset: Path, tmp_path: Path, *options: str, seconds: float = 60, **kwargs) -> tuple[list[int], str]:
+    job = Job([*OPTIONS, "--dataset", str(dataset), "--output-dir", str(tmp_path / "run"), *options], tmp_path / "logs", **kwargs)
+    return job.wait(seconds), job.output()
+
+
+def assert_one_error_line(output: str, *parts: str) -> None:
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in output, output
+    for part in parts:
+        assert part in errors[0], errors[0]
+
+
+def _no_room_after(count: int) -> None:
+    """Let the file system run full: from the given checkpoint on, files may not grow beyond 10 kB."""
+    import resource
+
+    from mnist_accel.checkpoint import CheckpointWriter
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original, calls = CheckpointWriter._write, [0]
+
+    def write(self, *args):
+        calls[0] += 1
+        if calls[0] == count:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        return original(self, *args)
+
+    CheckpointWriter._write = write
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_intact(small_dataset, tmp_path, processes):
+    statuses, output = run(
+        small_dataset, tmp_path, "--checkpoint-every", "4", fault=partial(_no_room_after, 3), processes=processes
+    )
+    assert statuses == [2] * processes, output
+    assert_one_error_line(output, "checkpoint", "cannot be written", "--resume")
+    complete = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert complete == ["step_00000004", "step_00000008"]
+    for name in complete:
+        torch.load(tmp_path / "run" / "checkpoints" / name / "training_state.pt", weights_only=True)
+
+
+def test_a_vanished_output_folder_is_an_error(small_dataset, tmp_path):
+    options = [*OPTIONS, "--epochs", "400", "--dataset", str(small_dataset), "--output-dir", str(tmp_path / "run")]
+    job = Job([*options, "--report-to", "none"], tmp_path / "logs")
+    job.wait_for(lambda: (tmp_path / "run" / "best").is_dir())
+    (tmp_path / "run").rename(tmp_path / "gone")
+    assert job.wait(60) == [2]
+    assert_one_error_line(job.output(), str(tmp_path / "run"))
+
+
+def test_an_output_folder_that_cannot_be_made_is_an_error(small_dataset, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    statuses, output = run(small_dataset, tmp_path)
+    assert statuses == [2]
+    assert_one_error_line(output, "output folder", "--output-dir")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_folder_that_holds_another_run_is_left_alone(small_dataset, tmp_path, processes):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("precious")
+    statuses, output = run(small_dataset, tmp_path, processes=processes)
+    assert statuses == [2] * processes
+    assert_one_error_line(output, "already holds a run", "--resume auto")
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(small_dataset, tmp_path, processes):
+    statuses, output = run(
+        small_dataset, tmp_path, "--optimizer", "sgd", "--learning-rate", "1e30", "--checkpoint-every", "1", processes=processes
+    )
+    assert statuses == [2] * processes, output
+    assert_one_error_line(output, "not finite", "learning rate 1e+30", "step_0000")
+    step = int(re.search(r"at step (\d+)", output)[1])
+    saved = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1]
+    state = torch.load(saved / "training_state.pt", weights_only=True)
+    assert state["state"]["step"] == step - 1
+    assert str(saved) in output
+
+
+def _no_memory_for(images: int) -> None:
+    """Let the memory hold no more than this many images at once."""
+    from mnist_accel.models import MnistNet
+
+    original = MnistNet.forward
+
+    def forward(self, batch):
+        if self.training and len(batch) > images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(self, batch)
+
+    MnistNet.forward = forward
+
+
+def test_out_of_memory_on_one_rank_halves_the_micro_batch_on_all_with_the_same_result(small_dataset, tmp_path):
+    statuses, output = run(
+        small_dataset, tmp_path, "--auto-batch-size", processes=2, fault=partial(_no_memory_for, 2), faulty_rank=1
+    )
+    assert statuses == [0, 0], output
+    assert "16 = 2 x 4 x 2" in output
+    train([*OPTIONS, "--dataset", str(small_dataset), "--output-dir", str(tmp_path / "roomy")], tmp_path / "logs")
+    for key, tensor in weights(tmp_path / "roomy").items():
+        assert (tensor - weights(tmp_path / "run")[key]).abs().max() < 1e-4, key
+    assert rows(tmp_path / "run")[-1]["test_accuracy"] == rows(tmp_path / "roomy")[-1]["test_accuracy"]
+
+
+def test_out_of_memory_with_a_single_image_is_an_error(small_dataset, tmp_path):
+    statuses, output = run(small_dataset, tmp_path, "--auto-batch-size", fault=partial(_no_memory_for, 0))
+    assert statuses == [2]
+    assert_one_error_line(output, "out of memory", "--batch-size")
+
+
+@pytest.mark.parametrize(
+    "options, environment, parts",
+    [
+        (["--batch-size", "15", "--gradient-accumulation-steps", "2"], {}, ["--batch-size", "multiple of 2"]),
+        (["--validation-size", "150"], {}, ["--validation-size"]),
+        (["--resume", "nowhere/step_00000001"], {}, ["no checkpoint at", "--resume auto"]),
+        (["--report-to", "carrier-pigeon"], {}, ["carrier-pigeon"]),
+        ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["fp16", "bf16"]),
+        ([], {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_CPU": "false"}, ["2 processes", "ACCELERATE_USE_CPU"]),
+    ],
+)  # fmt: skip
+def test_a_launch_that_cannot_be_right_is_refused(small_dataset, tmp_path, options, environment, parts):
+    if torch.cuda.is_available() and "WORLD_SIZE" in environment:
+        pytest.skip("with a GPU Accelerate sees both processes")
+    statuses, output = run(small_dataset, tmp_path, *options, environment=environment)
+    assert statuses == [2], output
+    assert_one_error_line(output, *parts)
+    assert not (tmp_path / "run").exists() or not os.listdir(tmp_path / "run")

@@ -1,0 +1,78 @@
+"""One process, two processes and gradient accumulation give the same numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from launching import train
+from safetensors.torch import load_file
+from small_data import make_small_dataset
+
+from mnist_accel.data import load_data
+from mnist_accel.evaluation import predict_logits
+from mnist_accel.models import load_model
+
+SGD = ["--optimizer", "sgd", "--learning-rate", "0.05", "--dropout", "0", "--augment", "--batch-size", "16", "--epochs", "3"]
+
+
+def weights(folder: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    return load_file(folder / name / "model.safetensors")
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same training on one process, on two, and in micro-batches; 150 images make a short last batch of 6."""
+    base = tmp_path_factory.mktemp("same_numbers")
+    data = make_small_dataset(base / "data")
+    common = ["--dataset", str(data), *SGD, "--scheduler", "onecycle", "--max-grad-norm", "1", "--ema-decay", "0.9"]
+    folders = {}
+    for name, processes, options in (
+        ("one", 1, []),
+        ("two", 2, []),
+        ("accumulated", 1, ["--gradient-accumulation-steps", "2"]),
+        ("two accumulated", 2, ["--gradient-accumulation-steps", "4"]),
+    ):
+        folders[name] = base / name
+        train([*common, *options, "--output-dir", str(base / name)], base / f"{name} logs", processes=processes)
+    return data, folders
+
+
+@pytest.mark.parametrize("name", ["two", "accumulated", "two accumulated"])
+def test_weights_do_not_depend_on_processes_or_accumulation(runs, name):
+    _, folders = runs
+    for one, other in zip(weights(folders["one"]).values(), weights(folders[name]).values(), strict=True):
+        assert (one - other).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["two", "accumulated", "two accumulated"])
+def test_metrics_do_not_depend_on_processes_or_accumulation(runs, name):
+    _, folders = runs
+    for one, other in zip(rows(folders["one"]), rows(folders[name]), strict=True):
+        for key in one.keys() - {"train_seconds", "images_per_second"}:
+            assert other[key] == pytest.approx(one[key], abs=2e-5), key
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_evaluation_counts_each_image_once(runs, name):
+    data, folders = runs
+    test = load_data(str(data)).test
+    logits = predict_logits(load_model(folders[name] / "final"), test.images, torch.device("cpu"))
+    accuracy = (logits.argmax(dim=1) == test.labels).double().mean().item()
+    loss = torch.nn.functional.cross_entropy(logits.double(), test.labels).item()
+    assert rows(folders[name])[-1]["test_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert rows(folders[name])[-1]["test_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_training_changed_the_weights_and_the_average_differs_from_them(runs):
+    _, folders = runs
+    state = torch.load(
+        sorted((folders["one"] / "checkpoints").iterdir())[-1] / "training_state.pt", weights_only=True
+    )
+    averaged = weights(folders["one"])
+    assert all(torch.equal(state["average"][name], averaged[name]) for name in averaged)
+    assert any((state["model"][name] - averaged[name]).abs().max() > 1e-4 for name in averaged)
