@@ -15,10 +15,10 @@ import yaml
 from mnist_accel.cli import CommandLine, UserError
 from mnist_accel.recipes import RECIPES
 
-MODEL_NAMES = ("mnist_net",)
+MODEL_NAMES = ("mnist_net", "compact_net", "residual_net")
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULER_NAMES = ("constant", "linear", "cosine", "onecycle")
-AUGMENTATION_NAMES = ("affine",)
+AUGMENTATION_NAMES = ("affine", "elastic", "handwriting")
 
 # What a run's config.yaml holds beside its options; ignored when the file is read back with --config.
 PROVENANCE = "provenance"

@@ -8,19 +8,21 @@ or its stroke width, and all thresholds to the image's own contrast and noise: t
 from a 16-pixel scan and from a 12-megapixel photo. Imports no torch.
 """
 
-import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.ink import Ink, find_digit
 
 SIDE, BOX = 28, 20
-# An image may not unpack to more than this many pixels: no camera makes more, and a few kilobytes can claim billions.
-MAX_PIXELS = 200_000_000
+# What Pillow may try: pixels only. Its other decoders run Ghostscript on the file, or follow it to other files.
+FORMATS = ["PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "PCX", "ICO"]
+# No image may unpack to more pixels: few cameras make more, and a few kilobytes can claim billions. (Larger JPEG files
+# are fine: they are decoded at a reduced size.)
+MAX_PIXELS = 100_000_000
 # Larger images are reduced to this longest side when they are read: at that size a digit that fills a fifth of a
 # page's width still has ten times the pixels that MNIST keeps.
 READ_SIDE = 1024
@@ -52,11 +54,8 @@ def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
         ImageError: the file cannot be read, is no image, is truncated or damaged, or is too large.
     """
     try:
-        with warnings.catch_warnings():
-            # Pillow warns about much that it can read all the same; its own bomb limit is replaced by MAX_PIXELS.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return _pixels(image)
+        with Image.open(path, formats=FORMATS) as image:
+            return _pixels(image)
     except ImageError:
         raise
     except MemoryError as error:
@@ -68,39 +67,44 @@ def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or of a format that Pillow does not read"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a format that is not supported"
+    if isinstance(error, Image.DecompressionBombError):
+        return "too many pixels: a decompression bomb?"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(f"damaged image: {error or type(error).__name__}".split())[:200]
 
 
 def _pixels(image: Image.Image) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    # JPEG can be decoded at a half, a quarter or an eighth, at that fraction of the cost; others ignore this.
+    image.draft(None, (READ_SIDE, READ_SIDE))
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: a decompression bomb?")
-    # JPEG can be decoded at a half, a quarter or an eighth at that fraction of the cost; other formats ignore this.
-    if image.format == "JPEG" and max(image.size) >= 2 * READ_SIDE:
-        image.draft(None, (READ_SIDE, READ_SIDE))
+        raise ImageError(f"too many pixels ({image.width} x {image.height}): a decompression bomb?")
     image.load()
-    orientation = image.getexif().get(0x0112, 1) if image.format != "PNG" or "exif" in image.info else 1
-    if max(image.size) > READ_SIDE and image.mode in ("L", "RGB", "RGBA", "CMYK", "LA"):
-        image = image.reduce(-(-max(image.size) // READ_SIDE))
-    if orientation != 1:
+    if image.format != "PNG" or "exif" in image.info:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("L", "RGB", "RGBA"):
-        return np.asarray(image)
+        return _reduced(np.asarray(image))
     if image.mode == "1":
-        return np.asarray(image.convert("L"))
+        return _reduced(np.asarray(image.convert("L")))
     if image.mode.startswith("I") or image.mode == "F":
         # More than 8 bits, of unknown depth (12 bits in 16, floats in 0..1): the image's own range is what counts.
-        wide = np.asarray(image, dtype=np.float64)
-        wide = np.nan_to_num(wide, nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = float(wide.min()), float(wide.max())
-        if image.mode.startswith("I;16") and low == 0.0:
-            return wide.astype(np.uint16)
-        return ((wide - low) * (65535.0 / max(high - low, 1e-30))).astype(np.uint16)
+        wide = _reduced(np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)).astype(np.float64)
+        low, high = wide.min(), wide.max()
+        return np.rint((wide - low) * (65535 / max(high - low, 1e-30))).astype(np.uint16)
     transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
-    return np.asarray(image.convert("RGBA" if transparent else "RGB"))
+    return _reduced(np.asarray(image.convert("RGBA" if transparent else "RGB")))
+
+
+def _reduced(pixels: NDArray) -> NDArray:
+    """The same array, or one averaged down to READ_SIDE."""
+    height, width = pixels.shape[:2]
+    longest = max(height, width)
+    if longest <= READ_SIDE:
+        return pixels
+    size = max(1, round(width * READ_SIDE / longest)), max(1, round(height * READ_SIDE / longest))
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
 
 
 def thumbnail(pixels: NDArray[np.uint8] | NDArray[np.uint16], side: int = 56) -> NDArray[np.uint8]:
@@ -144,7 +148,7 @@ def to_mnist(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.uint8
             for candidate in (grey, 255 - grey):
                 if follows_mnist_rule(candidate):
                     return candidate
-    values = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    values = _reduced(pixels).astype(np.float32) / np.iinfo(pixels.dtype).max
     contrast = _one_channel(_over_paper(values))
     digit = _find(contrast)
     return np.zeros((SIDE, SIDE), np.uint8) if digit is None else _set_in_box(digit)

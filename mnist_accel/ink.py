@@ -85,6 +85,30 @@ def _paper(smooth: Grey) -> Grey:
     return cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
 
 
+def _slow_light(smooth: Grey) -> Grey:
+    """The quadratic surface through most of the image, which takes the ink for outliers (Cauchy weights).
+
+    It goes on up to the edges, where a closing cannot tell darkening paper from ink.
+    """
+    height, width = smooth.shape
+    small = cv2.resize(smooth, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float64).ravel()
+    terms = _quadratic_terms(32, 32)
+    weights = np.ones_like(small)
+    for _ in range(6):
+        weighted = terms * weights[:, None]
+        fit = np.linalg.solve(weighted.T @ terms + 1e-9 * np.eye(6), weighted.T @ small)
+        distance = small - terms @ fit
+        weights = 1 / (1 + (distance / (1.5 * np.median(np.abs(distance)) + 1e-4)) ** 2)
+    return (_quadratic_terms(height, width) @ fit).reshape(height, width).astype(np.float32)
+
+
+def _quadratic_terms(height: int, width: int) -> NDArray[np.float64]:
+    """1, x, y, x^2, xy, y^2 at each pixel's centre, in -1..1: (height * width, 6)."""
+    y, x = ((2 * np.arange(n) + 1) / n - 1 for n in (height, width))
+    x, y = np.broadcast_to(x, (height, width)).ravel(), np.broadcast_to(y[:, None], (height, width)).ravel()
+    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+
+
 def _roughness(smooth: Grey) -> float:
     """Mean slope of the paper, if the ink were dark, per image length and over the ink's contrast to it; 6 at most."""
     paper = _paper(smooth)
@@ -102,18 +126,24 @@ def ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
     """How much darker each pixel is than the paper, as a share of the paper's brightness (0 on paper), and its noise."""
     if tight:
         # Archives' scans have even light, and so close a crop has too little paper to follow a shadow on.
-        light = smooth[smooth * 255 > _otsu(smooth)]
-        paper = np.full_like(smooth, np.median(light) if light.size else 1.0)
+        is_paper = smooth * 255 > _otsu(smooth)
+        paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else 1.0)
     else:
-        paper = _paper(smooth)
+        light = _slow_light(smooth)
+        paper = light + _paper(smooth - light)
     # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
     # keeps the noise of the deepest shadows down.
     strength = (paper - smooth) / (paper + 0.1)
-    if tight:
-        return np.maximum(strength, 0), 0.0
     tenth, low = np.percentile(strength, (10, 30))
     # Of normal noise, these two percentiles lie 0.76 standard deviations apart.
-    return np.maximum(strength - low, 0), float(low - tenth) / 0.76
+    noise = float(low - tenth) / 0.76
+    if not tight:
+        return np.maximum(strength - low, 0), noise
+    # Ink can cover most of a close crop, so its percentiles say nothing of noise. But two tones then account for most of
+    # the variance; of normal noise they account for 0.64, of a ramp or uniform noise for 0.75.
+    share = is_paper.mean()
+    between = share * (1 - share) * (smooth[is_paper].mean() - smooth[~is_paper].mean()) ** 2 if 0 < share < 1 else 0.0
+    return np.maximum(strength, 0), 0.0 if between > 0.75 * float(smooth.var()) else noise
 
 
 # --- lines and frames ------------------------------------------------------------------------------------------------

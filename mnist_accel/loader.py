@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mnist_accel.augment import apply_affine, draw_affine
+from mnist_accel.augment import Augmentation, distort, draw
 from mnist_accel.cli import UserError
 from mnist_accel.data import Split
 from mnist_accel.seeding import generator
@@ -59,7 +59,7 @@ class ResidentLoader:
         micro_batches: int = 1,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        augment: bool = False,
+        augmentation: Augmentation | None = None,
     ) -> None:
         if batch_size % (num_processes * micro_batches):
             raise UserError(
@@ -68,7 +68,7 @@ class ResidentLoader:
             )
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
-        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
         share = batch_size // num_processes
         size = share // micro_batches
         self.slices = [slice(rank * share + i * size, rank * share + (i + 1) * size) for i in range(micro_batches)]
@@ -87,15 +87,16 @@ class ResidentLoader:
         size, padding = len(indices), self.batch_size - len(indices)
         if padding:
             indices = torch.cat([indices, indices[:1].expand(padding)])
-        theta = draw_affine(self.batch_size, self.seed, step) if self.augment else None
+        draws = draw(self.augmentation, self.batch_size, self.seed, step) if self.augmentation else {}
         micro_batches = []
         for part in self.slices:
             images = self.images[indices[part]].unsqueeze(1).float().div_(255)
             labels = self.labels[indices[part]]
             if padding:
                 labels[max(0, size - part.start) :] = IGNORED_LABEL
-            if theta is not None:
-                images = apply_affine(images, theta[part])
+            if self.augmentation:
+                own = {name: tensor[part] for name, tensor in draws.items()}
+                images = distort(images, labels, self.augmentation, own)
             micro_batches.append((images, labels))
         return StepBatch(micro_batches, size)
 

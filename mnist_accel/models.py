@@ -6,6 +6,7 @@ normalisation is inside it, so that an exported file needs none.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,43 @@ class MnistNet(DigitClassifier):
         return self.linear2(self.dropout(x))
 
 
-MODELS: dict[str, Callable[[int, float], DigitClassifier]] = {"mnist_net": MnistNet}
+class ResidualNet(DigitClassifier):
+    """Five 3x3 convolutions, two of them residual, then the mean over the image: few parameters, high accuracy.
+
+    There is no batch normalisation, whose statistics would depend on how a batch is split over processes. Instead the
+    residual branches start at zero, so that training starts as a shallower network (Zhang et al. 2019, Fixup).
+    """
+
+    def __init__(self, num_classes: int, dropout: float, widths: tuple[int, int, int]) -> None:
+        super().__init__()
+        first, second, third = widths
+        self.conv1 = nn.Conv2d(1, first, 3, padding=1)
+        self.conv2 = nn.Conv2d(first, second, 3, padding=1)
+        self.residual2 = nn.Conv2d(second, second, 3, padding=1)
+        self.conv3 = nn.Conv2d(second, third, 3, padding=1)
+        self.residual3 = nn.Conv2d(third, third, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(third, num_classes)
+        for convolution in (self.conv1, self.conv2, self.conv3):
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        for convolution in (self.residual2, self.residual3):
+            nn.init.zeros_(convolution.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(F.max_pool2d(self.conv1(self.normalise(images)), 2))
+        x = F.relu(self.conv2(x))
+        x = F.relu(F.max_pool2d(x + self.residual2(x), 2))
+        x = F.relu(self.conv3(x))
+        x = F.relu(x + self.residual3(x)).mean(dim=(2, 3))
+        return self.linear(self.dropout(x))
+
+
+# Name to a network of (classes, dropout). The names are repeated in config.py, which does without torch.
+MODELS: dict[str, Callable[[int, float], DigitClassifier]] = {
+    "mnist_net": MnistNet,
+    "compact_net": partial(ResidualNet, widths=(24, 48, 64)),  # 96,730 parameters at 10 classes
+    "residual_net": partial(ResidualNet, widths=(32, 64, 128)),  # 278,474
+}
 
 
 def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5) -> DigitClassifier:

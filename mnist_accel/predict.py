@@ -326,7 +326,9 @@ def predict_folder(
         UserError: any mistake in the arguments, found before the work begins; a disk that fills up.
     """
     accelerator = build_accelerator()
-    workers = workers or torch.get_num_threads()
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     shared: list[Any] = [None, None]
     with together(accelerator):
         if accelerator.is_main_process:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_accel import figures, metrics
+from mnist_accel.augment import AUGMENTATIONS
 from mnist_accel.averaging import WeightAverage
 from mnist_accel.checkpoint import CheckpointWriter, TrainState
 from mnist_accel.cli import UserError
@@ -331,6 +332,9 @@ class Trainer:
             "options": self.config.options(),
         }
         network = self.evaluated_network()
+        if split_name == "validation":
+            # Confidences are calibrated on held-out images only (Guo et al. 2017).
+            network.temperature = metrics.fit_temperature(result.logits.cpu(), self.eval_split.labels.cpu())
         self.folder.write_weights(name, network, network.state_dict(), facts)
 
     def _finish(self) -> int:
@@ -401,7 +405,7 @@ class Trainer:
             micro_batches=self.accelerator.gradient_accumulation_steps,
             seed=self.config.seed,
             device=self.accelerator.device,
-            augment=self.config.augment,
+            augmentation=AUGMENTATIONS[self.config.augmentation] if self.config.augment else None,
         )
 
     def _announce(self) -> None:

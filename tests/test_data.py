@@ -257,7 +257,7 @@ def test_images_and_labels_that_make_no_sense_are_refused(
 def test_integer_labels_above_the_class_names_are_refused() -> None:
     split = data.Split(torch.zeros(2, 28, 28, dtype=torch.uint8), torch.tensor([0, 3]))
     with pytest.raises(UserError, match=r"labels from 0 to 3, but 3 classes \(0 to 2\)"):
-        data._image_data(split, split, ["a", "b", "c"], "here")
+        data.check_data(split, split, ["a", "b", "c"], "here")
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ datasets = pytest.importorskip("datasets")
 # process of its own. The Hub is given less time than users give it, to keep the tests short.
 WORKER = """
 import json, sys
-from mnist_accel import data
+from mnist_accel import data, data_hub
 from mnist_accel.cli import UserError
-data.HUB_SECONDS = 1.0
+data_hub.HUB_SECONDS = 1.0
 print("ready", flush=True)
 for line in sys.stdin:
     try:
@@ -145,7 +145,7 @@ def test_an_unreachable_hub_is_one_line_that_names_the_ways_on(hub: StandInHub, 
     hub.fault = lambda path: fault
     began = time.monotonic()
     error = worker.load(f"test/unreachable-{fault}")["error"]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert "\n" not in error
     for way in ("--dataset FOLDER", "--dataset digits", "hf download ylecun/mnist --repo-type dataset"):
         assert way in error
@@ -158,8 +158,10 @@ def test_a_hub_that_fails_in_the_middle_of_the_download_is_an_error_within_secon
     hub.fault = lambda path: fault if path.startswith("GET") and path.endswith(".parquet") else ""
     began = time.monotonic()
     error = worker.load(f"test/dies-{fault}")["error"]
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 20
     assert "cannot be fetched from the Hub" in error
+    # A body that breaks off is asked for again from there on, which is progress; the same request is made only twice.
+    assert fault == "cut" or len(downloads(hub)) <= 2
     assert "\n" not in error
     assert not list((home / "mnist_accel").glob("*.partial"))
     hub.fault = lambda path: ""

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mnist_accel.augment import AUGMENTATIONS
 from mnist_accel.cli import UserError
 from mnist_accel.data import Split
 from mnist_accel.loader import IGNORED_LABEL, ResidentLoader, hold_out
@@ -25,18 +26,18 @@ def test_each_image_comes_once_an_epoch(count):
 
 
 def test_shapes_never_change():
-    loader = ResidentLoader(numbered(50), 16, micro_batches=2, augment=True)
+    loader = ResidentLoader(numbered(50), 16, micro_batches=2, augmentation=AUGMENTATIONS["handwriting"])
     shapes = {tuple(images.shape) for step in loader.epoch(0) for images, _ in step.micro_batches}
     assert shapes == {(8, 1, 28, 28)}
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augment", [None, *AUGMENTATIONS.values()], ids=["none", *AUGMENTATIONS])
 @pytest.mark.parametrize("processes, micro_batches", [(2, 1), (4, 1), (1, 4), (2, 2)])
 def test_processes_and_micro_batches_share_out_the_same_global_batch(processes, micro_batches, augment):
     split = numbered(70)
-    whole = list(ResidentLoader(split, 16, seed=3, augment=augment).epoch(1))
+    whole = list(ResidentLoader(split, 16, seed=3, augmentation=augment).epoch(1))
     parts = [
-        list(ResidentLoader(split, 16, rank=rank, num_processes=processes, micro_batches=micro_batches, seed=3, augment=augment).epoch(1))
+        list(ResidentLoader(split, 16, rank=rank, num_processes=processes, micro_batches=micro_batches, seed=3, augmentation=augment).epoch(1))
         for rank in range(processes)
     ]  # fmt: skip
     for step, batch in enumerate(whole):
@@ -48,8 +49,8 @@ def test_processes_and_micro_batches_share_out_the_same_global_batch(processes, 
 
 def test_starting_in_the_middle_of_an_epoch_gives_the_rest_of_it():
     split = numbered(100)
-    whole = list(ResidentLoader(split, 16, seed=1, augment=True).epoch(2))
-    rest = list(ResidentLoader(split, 16, seed=1, augment=True).epoch(2, first_step=3))
+    whole = list(ResidentLoader(split, 16, seed=1, augmentation=AUGMENTATIONS["handwriting"]).epoch(2))
+    rest = list(ResidentLoader(split, 16, seed=1, augmentation=AUGMENTATIONS["handwriting"]).epoch(2, first_step=3))
     assert len(rest) == len(whole) - 3
     for a, b in zip(whole[3:], rest, strict=True):
         assert torch.equal(a.micro_batches[0][0], b.micro_batches[0][0])
