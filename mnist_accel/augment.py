@@ -1,7 +1,7 @@
 """Random distortions of whole batches on their device.
 
-The parameters of a step are drawn for the global batch from a generator keyed on (seed, step), and each process uses its
-slice: the images that the network sees do not depend on the number of processes, nor on the kind of device.
+The parameters of a step are drawn for the global batch from a generator keyed on (seed, step), and each process uses
+its slice: the images that the network sees do not depend on the number of processes, nor on the kind of device.
 """
 
 import math
@@ -63,7 +63,7 @@ Draws = dict[str, Tensor]
 
 
 def draw(augmentation: Augmentation, batch_size: int, seed: int, step: int) -> Draws:
-    """The random numbers for every image of a global batch; each tensor's first dimension is `batch_size`, on the CPU."""
+    """The random numbers for every image of a global batch: tensors (batch_size, ...) on the CPU."""
     source = generator(seed, "augment", step)
     draws = {"uniform": torch.rand(batch_size, 20, generator=source)}
     if augmentation.elastic:
@@ -76,7 +76,7 @@ def draw(augmentation: Augmentation, batch_size: int, seed: int, step: int) -> D
 def distort(images: Tensor, labels: Tensor, augmentation: Augmentation, draws: Draws) -> Tensor:
     """Distorted copies of float images (N, 1, 28, 28) in 0..1, from draws (N, ...) for these images.
 
-    Rotation, translation, scale, shear and the elastic field are one bilinear resampling; what comes from outside is black.
+    Rotation, translation, scale, shear and the elastic field are one bilinear resampling, black from outside.
     """
     draws = {name: tensor.to(images.device, non_blocking=True) for name, tensor in draws.items()}
     uniform = draws["uniform"]

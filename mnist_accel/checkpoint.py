@@ -1,4 +1,4 @@
-"""Complete training states on disk: written aside, flushed, renamed when complete; killed at any moment, none is torn."""
+"""Complete training states on disk: written aside, flushed, renamed when complete, never half of one."""
 
 import os
 import re
@@ -22,7 +22,8 @@ class TrainState:
     """Where training stands; with the weights and the optimizer's state, all that a resumed run needs.
 
     There are no generator states: every random draw is a function of the seed and the step (`seeding.py`). The epoch is
-    `step // steps_per_epoch`; at the end of an epoch, `step` is saved only after its evaluation has gone into `history`.
+    `step // steps_per_epoch`; at the end of an epoch, `step` is saved only after its evaluation has gone into
+    `history`.
 
     Attributes:
         step: optimizer steps done.
@@ -42,6 +43,16 @@ class TrainState:
     loss_sum: float = 0.0
     seconds: float = 0.0
 
+    def record_epoch(self, row: dict[str, Any]) -> bool:
+        """Take in the row of an epoch that has ended; returns whether it is the best so far (the first of equals)."""
+        self.history.append(row)
+        self.loss_sum, self.seconds = 0.0, 0.0
+        is_best = row["eval_accuracy"] > self.best_accuracy
+        if is_best:
+            self.best_epoch, self.best_accuracy = row["epoch"], row["eval_accuracy"]
+        self.epochs_without_improvement = 0 if is_best else self.epochs_without_improvement + 1
+        return is_best
+
 
 def flush_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a loss of power."""
@@ -56,8 +67,8 @@ def flush_folder(folder: Path) -> None:
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, and keeps the newest `keep`.
 
-    `save` copies the state, which takes about a millisecond, and returns; the disk is waited for only by the next `save`
-    or by `wait`, which also raise what went wrong. Only the main process may own one.
+    `save` copies the state, which takes about a millisecond, and returns; the disk is waited for only by the next
+    `save` or by `wait`, which also raise what went wrong. Only the main process may own one.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:

@@ -137,7 +137,8 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 def _parser() -> CommandLine:
     parser = CommandLine(
-        prog="train.py", description="Train on MNIST with Hugging Face Accelerate. Precision, devices and process counts "
+        prog="train.py",
+        description="Train on MNIST with Hugging Face Accelerate. Precision, devices and process counts "
         "are the launcher's: see `accelerate launch --help`.",
     )  # fmt: skip
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The process's place in the launch: its Accelerator, its CPU threads, errors and stop signals that all ranks agree on."""
+"""The process's place in the launch: its Accelerator, its threads, errors and stop signals that all ranks agree on."""
 
 import os
 import signal
@@ -38,13 +38,13 @@ def build_accelerator(
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:
-        # Accelerate's own refusals are about the launch: bf16 without hardware for it, an unknown tracker, and the like.
+        # Accelerate's own refusals are about the launch: bf16 without hardware for it, an unknown tracker ...
         raise UserError(f"Accelerate cannot start so: {error}") from error
     asked_for = int(os.environ.get("WORLD_SIZE", "1"))
     if asked_for != accelerator.num_processes:
         raise UserError(
-            f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would train "
-            "alone and overwrite the others; on CPU set ACCELERATE_USE_CPU=true in the launcher's environment"
+            f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would "
+            "train alone and overwrite the others; on CPU set ACCELERATE_USE_CPU=true in the launcher's environment"
         )
     if accelerator.distributed_type not in DATA_PARALLEL:
         raise UserError(
@@ -82,6 +82,16 @@ def _one_thread_was_chosen() -> bool:
         )
     except (psutil.Error, OSError):
         return False
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Fast kernels, or with `--deterministic` those that give the same bits every time (slower on a GPU)."""
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are noise and cost a CPU a hundred cycles each
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        # cuBLAS reads this when it starts; without it every matrix product would be an error.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,6 +67,10 @@ class Evaluation:
         return int(self.confusion.sum())
 
     @property
+    def accuracy(self) -> float:
+        return metrics.accuracy(self.confusion)
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The accuracy's 95% confidence interval, each end in 0..1."""
         return metrics.accuracy_interval(self.correct, self.total)
@@ -75,7 +80,7 @@ class Evaluation:
         return {
             "images": self.total,
             "correct": self.correct,
-            "accuracy": metrics.accuracy(self.confusion),
+            "accuracy": self.accuracy,
             "accuracy_interval_95": list(self.interval),
             "loss": self.loss,
             "expected_calibration_error": self.calibration_error,
@@ -86,10 +91,9 @@ class Evaluation:
     def as_text(self) -> str:
         """Every measure as lines of text for a terminal."""
         low, high = self.interval
-        share = metrics.accuracy(self.confusion)
         width = max(9, *map(len, self.class_names))
         lines = [
-            f"accuracy           {share:.2%}  ({self.correct:,} of {self.total:,}; "
+            f"accuracy           {self.accuracy:.2%}  ({self.correct:,} of {self.total:,}; "
             f"95% confidence interval {low:.2%} to {high:.2%})",
             f"loss               {self.loss:.4f}",
             f"calibration error  {self.calibration_error:.2%}",
@@ -132,12 +136,36 @@ def evaluate(
         device: where to compute.
         batch_size: images at once.
     """
-    logits = [predict_logits(model.to(device), split.images, device, batch_size).cpu() for model in models]
+    logits = [predict_logits(model.to(device), split.images, device, batch_size) for model in models]
+    return measure(logits, [model.temperature for model in models], split.labels, class_names)
+
+
+def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, split: Split) -> tuple[Evaluation, Tensor]:
+    """Each rank answers its own part of a split and all ranks get all answers: every image counts exactly once.
+
+    `model` is the plain network, never the one that DDP wraps, which would wait for ranks with fewer batches.
+
+    Returns:
+        The same measures on every rank, and the logits, float32 (N, C) on the CPU.
+    """
+    ranks, rank, total = accelerator.num_processes, accelerator.process_index, len(split.labels)
+    own = slice(total * rank // ranks, total * (rank + 1) // ranks)
+    logits = torch.zeros(total, len(model.class_names), device=accelerator.device)
+    if own.stop > own.start:
+        with accelerator.autocast():
+            logits[own] = predict_logits(model, split.images[own], accelerator.device)
+    logits = accelerator.reduce(logits, reduction="sum").cpu()  # the rows of other ranks are zero
+    return measure([logits], [model.temperature], split.labels, model.class_names), logits
+
+
+def measure(
+    logits: Sequence[Tensor], temperatures: Sequence[float], labels: Tensor, class_names: list[str]
+) -> Evaluation:
+    """The measures of one model's logits (N, C), or of an ensemble's, for int64 labels (N,)."""
+    logits, labels = [each.cpu() for each in logits], labels.cpu()
     plain = _mean_log_probabilities(logits)
-    probabilities = _mean_log_probabilities(
-        [each / model.temperature for each, model in zip(logits, models, strict=True)]
-    ).exp()
-    labels = split.labels.cpu()
+    scaled = [each / temperature for each, temperature in zip(logits, temperatures, strict=True)]
+    probabilities = _mean_log_probabilities(scaled).exp()
     return Evaluation(
         class_names=list(class_names),
         confusion=metrics.confusion_matrix(probabilities.argmax(dim=1), labels, len(class_names)),

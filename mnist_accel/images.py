@@ -1,18 +1,17 @@
 """Any image of a handwritten digit -> 28x28 pixels as MNIST's makers would have made them.
 
-MNIST's rule (LeCun et al., "Gradient-based learning applied to document recognition", 1998, III.A): the tight box around
-the ink is scaled so that its longest side is 20 pixels, its aspect ratio kept, and set into 28x28 with its centre of
-mass in the middle. What people have needs more first: find the paper and which side of it is ink, even out the light,
-leave out frames, ruled lines, specks and the neighbours' strokes. All lengths here are relative to the image, the digit
-or its stroke width, and all thresholds to the image's own contrast and noise: the same digit gives the same result
-from a 16-pixel scan and from a 12-megapixel photo. Imports no torch.
+MNIST's rule (LeCun et al., "Gradient-based learning applied to document recognition", 1998, III.A): the tight box
+around the ink is scaled so that its longest side is 20 pixels, its aspect ratio kept, and set into 28x28 with its
+centre of mass in the middle. What people have needs more first: find the paper and which side of it is ink, even out
+the light, leave out frames, ruled lines, specks and the neighbours' strokes. All lengths here are relative to the
+image, the digit or its stroke width, and all thresholds to the image's own contrast and noise: the same digit gives the
+same result from a 16-pixel scan and from a 12-megapixel photo. Imports no torch.
 """
 
 from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.ink import Ink, find_digit
@@ -35,7 +34,7 @@ class ImageError(ValueError):
     """A file that cannot be read as an image; its message is the reason, on one line."""
 
 
-def read_digit(path: str | Path) -> NDArray[np.uint8]:
+def read_digit(path: str | Path) -> np.ndarray:
     """The (28, 28) uint8 image, white ink on black, of an image file of a digit; all zeros if it shows no ink.
 
     Raises:
@@ -44,7 +43,7 @@ def read_digit(path: str | Path) -> NDArray[np.uint8]:
     return to_mnist(read_image(path))
 
 
-def read_image(path: str | Path) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def read_image(path: str | Path) -> np.ndarray:
     """The pixels of an image file, (H, W), (H, W, 3) or (H, W, 4), uint8, or uint16 where it holds more than 8 bits.
 
     The content decides the format, not the file's name. The camera's orientation is applied, palettes and CMYK become
@@ -76,7 +75,7 @@ def _reason(error: Exception) -> str:
     return " ".join(f"damaged image: {error or type(error).__name__}".split())[:200]
 
 
-def _pixels(image: Image.Image) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def _pixels(image: Image.Image) -> np.ndarray:
     # JPEG can be decoded at a half, a quarter or an eighth, at that fraction of the cost; others ignore this.
     image.draft(None, (READ_SIDE, READ_SIDE))
     if image.width * image.height > MAX_PIXELS:
@@ -97,7 +96,7 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8] | NDArray[np.uint16]:
     return _reduced(np.asarray(image.convert("RGBA" if transparent else "RGB")))
 
 
-def _reduced(pixels: NDArray) -> NDArray:
+def _reduced(pixels: np.ndarray) -> np.ndarray:
     """The same array, or one averaged down to READ_SIDE."""
     height, width = pixels.shape[:2]
     longest = max(height, width)
@@ -107,29 +106,31 @@ def _reduced(pixels: NDArray) -> NDArray:
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
 
 
-def thumbnail(pixels: NDArray[np.uint8] | NDArray[np.uint16], side: int = 56) -> NDArray[np.uint8]:
-    """The image at `side` pixels on its longest side, (h, w, 3) uint8 RGB, transparency over the paper of `to_mnist`."""
+def thumbnail(pixels: np.ndarray, side: int = 56) -> np.ndarray:
+    """The image at `side` pixels on its longest side, (h, w, 3) uint8 RGB, transparency laid over paper."""
     values = _over_paper(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
     height, width = values.shape[:2]
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small = cv2.resize(values, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
-    return np.rint(np.clip(np.broadcast_to(small.reshape(*size[::-1], -1), (*size[::-1], 3)), 0, 1) * 255).astype(np.uint8)
+    return np.rint(np.clip(np.broadcast_to(small.reshape(*size[::-1], -1), (*size[::-1], 3)), 0, 1) * 255).astype(
+        np.uint8
+    )
 
 
-def resized(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.uint8]:
+def resized(pixels: np.ndarray) -> np.ndarray:
     """(28, 28) uint8: the whole image, made grey and squeezed to the network's size, and nothing else."""
     values = _over_paper(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
     grey = values[..., 0] if values.shape[2] == 1 else cv2.cvtColor(values, cv2.COLOR_RGB2GRAY)
     return np.rint(np.clip(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA), 0, 1) * 255).astype(np.uint8)
 
 
-def to_mnist(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.uint8]:
+def to_mnist(pixels: np.ndarray) -> np.ndarray:
     """A digit's image as MNIST's makers would have made it.
 
     Args:
-        pixels: uint8 or uint16, (H, W) grey, (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha; one digit in ink of any
-            colour on paper of any other, light or dark.
+        pixels: uint8 or uint16, (H, W) grey, (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha; one digit in ink of
+            any colour on paper of any other, light or dark.
 
     Returns:
         (28, 28) uint8, white ink on black. An image that already follows MNIST's rule comes back bit for bit (its
@@ -154,7 +155,7 @@ def to_mnist(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.uint8
     return np.zeros((SIDE, SIDE), np.uint8) if digit is None else _set_in_box(digit)
 
 
-def _exact_grey(pixels: NDArray) -> NDArray[np.uint8] | None:
+def _exact_grey(pixels: np.ndarray) -> np.ndarray | None:
     """The pixels as uint8 (H, W) where that loses nothing, else None."""
     if pixels.dtype == np.uint16:
         if (pixels % 257).any():
@@ -170,12 +171,12 @@ def _exact_grey(pixels: NDArray) -> NDArray[np.uint8] | None:
 _CENTRES = np.arange(SIDE) + 0.5
 
 
-def follows_mnist_rule(image: NDArray[np.uint8]) -> bool:
-    """Whether (28, 28) uint8 pixels are what MNIST's rule makes: a box of 20, peak ink, centre of mass in the middle."""
+def follows_mnist_rule(image: np.ndarray) -> bool:
+    """Whether (28, 28) uint8 pixels are what MNIST's rule makes: a box of 20, peak ink, the centre in the middle."""
     if image.max() < 250:
         return False
     rows, columns = image.sum(1, dtype=np.int64), image.sum(0, dtype=np.int64)
-    if rows[0] and rows[-1] or columns[0] and columns[-1]:
+    if (rows[0] and rows[-1]) or (columns[0] and columns[-1]):
         return False
     (top, height), (left, width) = _extent(rows), _extent(columns)
     # 19: faint ink at the box's end can round to zero.
@@ -191,13 +192,13 @@ def follows_mnist_rule(image: NDArray[np.uint8]) -> bool:
     return True
 
 
-def _extent(sums: NDArray[np.int64]) -> tuple[int, int]:
+def _extent(sums: np.ndarray) -> tuple[int, int]:
     """Start and length of the shortest run that holds all that is not zero."""
     filled = np.flatnonzero(sums)
     return int(filled[0]), int(filled[-1] - filled[0]) + 1
 
 
-def _over_paper(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _over_paper(values: np.ndarray) -> np.ndarray:
     """(H, W, C) in 0..1 with an alpha channel laid over paper that its ink stands out from."""
     if values.ndim == 2:
         return values[..., None]
@@ -217,7 +218,7 @@ def _over_paper(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return (colour * alpha + paper * (1 - alpha)).astype(np.float32)
 
 
-def _one_channel(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _one_channel(values: np.ndarray) -> np.ndarray:
     """(H, W) float32 in 0..1: the mix of the colours in which ink and paper differ most.
 
     That is the first principal component of the image less its blur: of strokes, not of slow changes of light. For grey
@@ -241,7 +242,7 @@ def _one_channel(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip(mixed + np.float32(-np.minimum(mix, 0).sum() / np.abs(mix).sum()), 0, 1)
 
 
-def _find(grey: NDArray[np.float32]) -> Ink | None:
+def _find(grey: np.ndarray) -> Ink | None:
     """The digit's ink, looked for at a working size; a digit small in its image is looked at again, closer."""
     height, width = grey.shape
     # Below 40 pixels there is no room for a line beside the digit: such images are the size-normalised crops of
@@ -261,7 +262,7 @@ def _find(grey: NDArray[np.float32]) -> Ink | None:
     return _find_at_working_size(grey[rows, columns], False) or digit
 
 
-def _find_at_working_size(grey: NDArray[np.float32], tight: bool) -> Ink | None:
+def _find_at_working_size(grey: np.ndarray, tight: bool) -> Ink | None:
     height, width = grey.shape
     longest = max(height, width)
     if longest < SMALL_SIDE:
@@ -274,7 +275,7 @@ def _find_at_working_size(grey: NDArray[np.float32], tight: bool) -> Ink | None:
     return find_digit(grey, tight)
 
 
-def _set_in_box(digit: Ink) -> NDArray[np.uint8]:
+def _set_in_box(digit: Ink) -> np.ndarray:
     """MNIST's last steps: the box to 20 by area average, peak ink to 255, the centre of mass to the middle."""
     top, left, bottom, right = digit.box
     ink = digit.strength[top:bottom, left:right]

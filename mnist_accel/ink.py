@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Grey = NDArray[np.float32]
-Mask = NDArray[np.uint8]
+# (H, W) float32 in 0..1, and (H, W) uint8 of 0 and 1.
+Grey = np.ndarray
+Mask = np.ndarray
+
+# The pen's width as a share of the digit's longest side: three of four MNIST digits are written with a wider one.
+MIN_PEN = 0.09
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,8 @@ def find_digit(grey: Grey, tight: bool) -> Ink | None:
 
     Args:
         grey: (H, W) float32 in 0..1, 96 to 224 pixels on its longest side: ink is judged at the scale of whole strokes.
-        tight: the image is so small or so narrow that it must be a crop of the digit alone. Then its ink may touch every
-            edge, and a bar along an edge is a 7's or a 2's, not a frame's.
+        tight: the image is so small or so narrow that it must be a crop of the digit alone. Then its ink may touch
+            every edge, and a bar along an edge is a 7's or a 2's, not a frame's.
     """
     # Noise below a hundredth of the image is no stroke.
     smooth = cv2.GaussianBlur(grey, (0, 0), max(0.5, max(grey.shape) / 256))
@@ -44,7 +47,9 @@ def find_digit(grey: Grey, tight: bool) -> Ink | None:
             break
         # A printed frame can be many times darker than a pencil's digit: with it out of the way, look again.
         strength = strength * (1 - cv2.dilate(foreign, np.ones((5, 5), np.uint8)) * (1 - digit))
-    return None if digit is None else sharpened(strength, digit)
+    if digit is None or (not tight and _is_shading(strength, digit)):
+        return None
+    return sharpened(strength, digit)
 
 
 # --- paper and polarity ----------------------------------------------------------------------------------------------
@@ -85,30 +90,6 @@ def _paper(smooth: Grey) -> Grey:
     return cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
 
 
-def _slow_light(smooth: Grey) -> Grey:
-    """The quadratic surface through most of the image, which takes the ink for outliers (Cauchy weights).
-
-    It goes on up to the edges, where a closing cannot tell darkening paper from ink.
-    """
-    height, width = smooth.shape
-    small = cv2.resize(smooth, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float64).ravel()
-    terms = _quadratic_terms(32, 32)
-    weights = np.ones_like(small)
-    for _ in range(6):
-        weighted = terms * weights[:, None]
-        fit = np.linalg.solve(weighted.T @ terms + 1e-9 * np.eye(6), weighted.T @ small)
-        distance = small - terms @ fit
-        weights = 1 / (1 + (distance / (1.5 * np.median(np.abs(distance)) + 1e-4)) ** 2)
-    return (_quadratic_terms(height, width) @ fit).reshape(height, width).astype(np.float32)
-
-
-def _quadratic_terms(height: int, width: int) -> NDArray[np.float64]:
-    """1, x, y, x^2, xy, y^2 at each pixel's centre, in -1..1: (height * width, 6)."""
-    y, x = ((2 * np.arange(n) + 1) / n - 1 for n in (height, width))
-    x, y = np.broadcast_to(x, (height, width)).ravel(), np.broadcast_to(y[:, None], (height, width)).ravel()
-    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
-
-
 def _roughness(smooth: Grey) -> float:
     """Mean slope of the paper, if the ink were dark, per image length and over the ink's contrast to it; 6 at most."""
     paper = _paper(smooth)
@@ -123,14 +104,13 @@ def _roughness(smooth: Grey) -> float:
 
 
 def ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
-    """How much darker each pixel is than the paper, as a share of the paper's brightness (0 on paper), and its noise."""
+    """How much darker each pixel is than the paper, as a share of the paper's brightness, and the noise of that."""
     if tight:
         # Archives' scans have even light, and so close a crop has too little paper to follow a shadow on.
         is_paper = smooth * 255 > _otsu(smooth)
         paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else 1.0)
     else:
-        light = _slow_light(smooth)
-        paper = light + _paper(smooth - light)
+        paper = _paper(smooth)
     # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
     # keeps the noise of the deepest shadows down.
     strength = (paper - smooth) / (paper + 0.1)
@@ -139,11 +119,22 @@ def ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
     noise = float(low - tenth) / 0.76
     if not tight:
         return np.maximum(strength - low, 0), noise
-    # Ink can cover most of a close crop, so its percentiles say nothing of noise. But two tones then account for most of
-    # the variance; of normal noise they account for 0.64, of a ramp or uniform noise for 0.75.
+    # Ink can cover most of a close crop, so its percentiles say nothing of noise. But two tones then account for most
+    # of the variance; of normal noise they account for 0.64, of a ramp or uniform noise for 0.75.
     share = is_paper.mean()
     between = share * (1 - share) * (smooth[is_paper].mean() - smooth[~is_paper].mean()) ** 2 if 0 < share < 1 else 0.0
     return np.maximum(strength, 0), 0.0 if between > 0.75 * float(smooth.var()) else noise
+
+
+def _is_shading(strength: Grey, part: Mask) -> bool:
+    """Whether what was found fades slowly into its surroundings, as uneven light does: a pen's stroke ends.
+
+    Measured a fortieth of the image off it, beyond a bad lens's blur: there, ink leaves less than a sixth of itself.
+    """
+    side = max(part.shape)
+    distance = cv2.distanceTransform(1 - part, cv2.DIST_L2, 3)
+    around = strength[(distance > side / 60) & (distance <= side / 25)]
+    return bool(around.size and around.mean() > strength[part > 0].mean() / 6)
 
 
 # --- lines and frames ------------------------------------------------------------------------------------------------
@@ -164,7 +155,7 @@ def foreign_parts(mask: Mask) -> Mask:
     inside = 0
     drop = [False] * count
     for label in range(1, count):
-        x, y, wide, high, area = (int(v) for v in stats[label])
+        x, y, wide, high = (int(v) for v in stats[label, :4])
         at_edge = x == 0 or y == 0 or x + wide == width or y + high == height
         drop[label] = at_edge and share_at_border[label] > 0.85
         if wide > 0.5 * width and high > 0.5 * height:
@@ -176,8 +167,8 @@ def foreign_parts(mask: Mask) -> Mask:
     return foreign | np.array(drop, np.uint8)[labels]
 
 
-def _is_frame(component: NDArray[np.bool_]) -> bool:
-    """Whether a component follows its own bounding box on all four sides, corners included, and leaves the middle free."""
+def _is_frame(component: np.ndarray) -> bool:
+    """Whether a component follows its bounding box on all four sides, corners included, and leaves the middle free."""
     height, width = component.shape
     y, x = max(2, round(0.12 * height)), max(2, round(0.12 * width))
     sides = component[:y].any(0), component[-y:].any(0), component[:, :x].any(1), component[:, -x:].any(1)
@@ -187,9 +178,9 @@ def _is_frame(component: NDArray[np.bool_]) -> bool:
 def _crossing_lines(mask: Mask) -> Mask:
     """Straight lines that run through the whole image.
 
-    A stroke of the digit that does so (a 7's bar, or a 4's stem, in a close crop) is told from a line by what is left: without the
-    line, the digit stands free of the image's edges; without the bar, the 7's stem still reaches one. A line through the middle
-    must also be thinner than the pen.
+    A stroke of the digit that does so (a 7's bar, or a 4's stem, in a close crop) is told from a line by what is left:
+    without the line, the digit stands free of the image's edges; without the bar, the 7's stem still reaches one. A
+    line through the middle must also be thinner than the pen.
     """
     height, width = mask.shape
     lines = _level_lines(mask) + [np.ascontiguousarray(line.T) for line in _level_lines(np.ascontiguousarray(mask.T))]
@@ -251,8 +242,8 @@ def stroke_width(mask: Mask) -> float:
 def digit_parts(mask: Mask, strength: Grey) -> Mask | None:
     """The connected parts of the mask that make up the digit; None if there are none.
 
-    The one with most ink nearest to the middle, and those close to it that are more than specks. A part that reaches the image's
-    edge while the main part does not is a neighbour's.
+    The one with most ink nearest to the middle, and those close to it that are more than specks. A part that reaches
+    the image's edge while the main part does not is a neighbour's.
     """
     height, width = mask.shape
     count, labels, stats, centroids = cv2.connectedComponentsWithStats(mask, connectivity=8)
@@ -287,7 +278,7 @@ def sharpened(strength: Grey, digit: Mask) -> Ink | None:
     """The digit's strength, 0 on paper, 1 in full ink and a short ramp between, as where a bilevel scan is averaged."""
     peak = float(np.percentile(strength[digit > 0], 75))
     near = cv2.dilate(digit, np.ones((5, 5), np.uint8))
-    sharp = np.clip((strength / peak - 0.25) / 0.5, 0, 1).astype(np.float32) * near
+    sharp: Grey = np.clip((strength / peak - 0.25) / 0.5, 0, 1).astype(np.float32) * near
     box = _box(sharp)
     if box is None:
         return None
@@ -302,10 +293,6 @@ def sharpened(strength: Grey, digit: Mask) -> Ink | None:
         box = _box(sharp)
         assert box is not None
     return Ink(sharp, box)
-
-
-# The pen's width as a share of the digit's longest side: of MNIST's digits, one in twenty is thinner.
-MIN_PEN = 0.09
 
 
 def _box(sharp: Grey) -> tuple[int, int, int, int] | None:

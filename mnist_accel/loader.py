@@ -35,8 +35,8 @@ class StepBatch:
 class ResidentLoader:
     """Yields this process's share of each global batch, every image once an epoch.
 
-    The order of images is a pure function of (seed, epoch) and a batch one of (seed, step): starting in the middle of an
-    epoch is starting at an index, and processes agree on the order without a word between them. Shapes never change,
+    The order of images is a pure function of (seed, epoch) and a batch one of (seed, step): starting in the middle of
+    an epoch is starting at an index, and processes agree on the order without a word between them. Shapes never change,
     which compiled models and CUDA graphs need.
 
     Args:

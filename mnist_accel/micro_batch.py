@@ -15,10 +15,10 @@ from mnist_accel.cli import UserError
 def halvings_to_fit(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """How often a micro-batch must be halved until every rank has room for it.
 
-    Each try runs forward and backward without exchanging gradients, so that a rank that runs out of memory leaves no other
-    waiting inside a collective operation; then all ranks hear how it went, and all halve together. Shapes are the same in
-    every step, so what fits once fits always. (Accelerate's `find_executable_batch_size` shrinks on one rank without
-    telling the others.)
+    Each try runs forward and backward without exchanging gradients, so that a rank that runs out of memory leaves no
+    other waiting inside a collective operation; then all ranks hear how it went, and all halve together. Shapes are
+    the same in every step, so what fits once fits always. (Accelerate's `find_executable_batch_size` shrinks on one
+    rank without telling the others.)
 
     Args:
         images: float (n, 1, 28, 28), the micro-batch, on the device.

@@ -121,13 +121,14 @@ def save_model(model: DigitClassifier, folder: Path, state_dict: dict[str, Tenso
     Args:
         model: the unwrapped network, whose name and classes are recorded.
         folder: made if missing.
-        state_dict: the weights to write; the model's own unless given.
         facts: JSON values to record beside them, such as the data set and the accuracy.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = model.state_dict() if state_dict is None else state_dict
     # The plain contiguous layout: the file should not tell on which device or in what memory format it was trained.
-    plain = {k: v.detach().to("cpu", memory_format=torch.contiguous_format).contiguous() for k, v in weights.items()}
+    plain = {
+        k: v.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
+        for k, v in model.state_dict().items()
+    }
     save_file(plain, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config = {
         "model": model.name,

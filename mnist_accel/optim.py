@@ -29,7 +29,8 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
     A scheduler object counts its own calls, and a prepared one is called once a process; a function of the global step
     is right after a resume and on any number of processes. `onecycle` follows Smith & Topin 2018 in cosine form: it
-    rises from 1/25 of the peak over the first 30% of the steps (or `warmup_fraction`) and falls to 1/10,000 of the start.
+    rises from 1/25 of the peak over the first 30% of the steps (or `warmup_fraction`) and falls to 1/10,000 of the
+    start.
     """
     peak = config.learning_rate
     if config.scheduler == "onecycle":

@@ -9,6 +9,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from mnist_accel.config import TrainConfig
+from mnist_accel.data import ImageData
+from mnist_accel.distributed import describe_device
+from mnist_accel.loader import ResidentLoader
+from mnist_accel.models import DigitClassifier, count_parameters
 
 
 class Reporter:
@@ -22,6 +26,21 @@ class Reporter:
         if self.accelerator.is_main_process:
             tqdm.write(line)
             sys.stdout.flush()
+
+    def announce(self, data: ImageData, network: DigitClassifier, loader: ResidentLoader, evaluated: int) -> None:
+        """What is about to run, on what: device, images, network, and how the global batch is shared out."""
+        config, processes, micro_batches = self.config, self.accelerator.num_processes, len(loader.slices)
+        held_out = f", {evaluated:,} held out for validation" if config.validation_size else ""
+        self.say(f"Device: {describe_device(self.accelerator)}")
+        self.say(
+            f"Data: {data.source}: {loader.num_images:,} training images{held_out}, "
+            f"{len(data.test.labels):,} test images, {len(data.class_names)} classes"
+        )
+        self.say(
+            f"Model: {config.model}, {count_parameters(network):,} parameters; recipe {config.recipe}; global batch "
+            f"{config.batch_size} = {processes} processes x {micro_batches} micro-batches x "
+            f"{config.batch_size // processes // micro_batches} images"
+        )
 
     def start_trackers(self, folder: Path, resumed_step: int | None) -> None:
         """Start the tracker that `--report-to` names, TensorBoard in `folder`/tensorboard.

@@ -2,23 +2,28 @@
 
 import json
 import os
-import platform
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from torch import Tensor
+from accelerate import Accelerator
 
+from mnist_accel import figures
 from mnist_accel.checkpoint import complete_checkpoints, flush_folder, read_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import PROVENANCE, TrainConfig, differing_options
+from mnist_accel.data import ImageData, Split
+from mnist_accel.distributed import describe_device
+from mnist_accel.evaluation import Evaluation
 from mnist_accel.model_card import model_card
 from mnist_accel.models import DigitClassifier, save_model
 
@@ -88,7 +93,9 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"the output folder {self.path} cannot be made: {error.strerror or error}; choose another --output-dir") from error
+            raise UserError(
+                f"the output folder {self.path} cannot be made: {error.strerror or error}; choose another --output-dir"
+            ) from error
         self._adopt_best(config, checkpoint)
         return checkpoint
 
@@ -123,11 +130,19 @@ class RunFolder:
             if (run / "best").is_dir() and not (self.path / "best").exists():
                 shutil.copytree(run / "best", self.path / "best")
 
-    def write_config(self, config: TrainConfig, **provenance: Any) -> None:
+    def write_config(self, config: TrainConfig, data: ImageData, accelerator: Accelerator) -> None:
         """`config.yaml`: every option as used, and under `provenance` what else it takes to repeat the run."""
-        versions = {name: version(name) for name in ("torch", "accelerate", "datasets", "mnist-accel")}
         content = config.options() | {"output_dir": str(self.path)}
-        content[PROVENANCE] = {**provenance, "versions": {"python": platform.python_version(), **versions}}
+        content[PROVENANCE] = {
+            "command": " ".join(sys.argv),
+            "dataset_source": data.source,
+            "dataset_fingerprint": data.fingerprint,
+            "world_size": accelerator.num_processes,
+            "micro_batches": accelerator.gradient_accumulation_steps,
+            "mixed_precision": accelerator.mixed_precision,
+            "device": describe_device(accelerator),
+            "versions": {name: version(name) for name in ("mnist-accel", "torch", "accelerate", "datasets")},
+        }
         with _written_whole(self.path / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(content, sort_keys=False))
 
@@ -136,15 +151,13 @@ class RunFolder:
         with _written_whole(self.path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def write_weights(
-        self, name: str, model: DigitClassifier, weights: dict[str, Tensor], facts: dict[str, Any]
-    ) -> None:
+    def write_weights(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
         """`best/` or `final/`: safetensors, config.json and the model card, each replaced whole."""
         folder = self.path / name
         staging = self.path / f".unfinished-{name}"
         try:
             shutil.rmtree(staging, ignore_errors=True)
-            save_model(model, staging, weights, **facts)
+            save_model(model, staging, **facts)
             (staging / "README.md").write_text(model_card(model, facts))
             folder.mkdir(exist_ok=True)
         except OSError as error:
@@ -156,12 +169,20 @@ class RunFolder:
                 file.rename(temporary)
         staging.rmdir()
 
-    def draw(self, name: str, draw: Callable[[Path], np.ndarray]) -> np.ndarray:
-        """Make `figures/NAME` by calling `draw` with a path; returns the picture, uint8 (H, W, 3)."""
-        target = self.path / "figures" / name
-        target.parent.mkdir(exist_ok=True)
-        with _written_whole(target) as temporary:
-            return draw(temporary)
+    def draw_figures(self, history: list[dict[str, Any]], split: Split, result: Evaluation) -> dict[str, np.ndarray]:
+        """`figures/`; returns the pictures by name, uint8 (H, W, 3)."""
+        folder, names = self.path / "figures", result.class_names
+        folder.mkdir(exist_ok=True)
+        draw = {
+            "curves": partial(figures.draw_curves, history),
+            "confusion_matrix": partial(figures.draw_confusion_matrix, result.confusion, names),
+            "mistakes": partial(figures.draw_mistakes, split.images, split.labels, result.probabilities, names),
+        }
+        pictures = {}
+        for name, draw_to in draw.items():
+            with _written_whole(folder / f"{name}.png") as temporary:
+                pictures[name] = draw_to(temporary)
+        return pictures
 
 
 def _refuse_other_run(

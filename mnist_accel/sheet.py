@@ -40,14 +40,18 @@ def draw_sheet(items: Sequence[tuple["Row", int | None]], class_names: Sequence[
         draw.rectangle((x, y, x + IMAGE - 1, y + IMAGE - 1), fill="#ececec")
         sheet.paste(picture, (x + (IMAGE - picture.width) // 2, y + (IMAGE - picture.height) // 2))
         sheet.paste(Image.fromarray(row.seen).resize((IMAGE, IMAGE), Image.Resampling.NEAREST), (x + IMAGE + GAP, y))
-        known, right = label is not None, label == row.prediction
-        colour = (RIGHT if right else WRONG) if known else TEXT
-        if known and not right:
+        wrong = label is not None and label != row.prediction
+        colour = TEXT if label is None else WRONG if wrong else RIGHT
+        if wrong:
             draw.rectangle((x - 2, y - 2, x + 2 * IMAGE + GAP + 1, y + IMAGE + LINE + 2), outline=WRONG, width=2)
-        answer = class_names[row.prediction] + ("" if right or not known else f"  not {class_names[label]}")
+        answer = class_names[row.prediction]
+        if wrong and label is not None:
+            answer += f"  not {class_names[label]}"
         draw.text((x + 2, y + IMAGE + 1), answer, fill=colour, font=font)
         confidence = f"{row.confidence:.0%}"
-        draw.text((x + 2 * IMAGE + GAP - draw.textlength(confidence, font), y + IMAGE + 1), confidence, fill=FAINT, font=font)
+        draw.text(
+            (x + 2 * IMAGE + GAP - draw.textlength(confidence, font), y + IMAGE + 1), confidence, fill=FAINT, font=font
+        )
     try:
         with replacing(path) as temporary:
             sheet.save(temporary, format={".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"))

@@ -1,48 +1,35 @@
 """Training: set up, the one loop, and what is left on disk at its end."""
 
 import math
-import os
 import signal
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from torch.nn import functional as F
 
-from mnist_accel import figures, metrics
+from mnist_accel import metrics
 from mnist_accel.augment import AUGMENTATIONS
 from mnist_accel.averaging import WeightAverage
 from mnist_accel.checkpoint import CheckpointWriter, TrainState
 from mnist_accel.cli import UserError
 from mnist_accel.config import TrainConfig
 from mnist_accel.data import Split, load_data
-from mnist_accel.distributed import StopSignals, agree, build_accelerator, describe_device, together
-from mnist_accel.evaluation import predict_logits
+from mnist_accel.distributed import StopSignals, agree, build_accelerator, choose_kernels, together
+from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
 from mnist_accel.loader import IGNORED_LABEL, ResidentLoader, hold_out
 from mnist_accel.micro_batch import halvings_to_fit
-from mnist_accel.models import DigitClassifier, build_model, count_parameters, load_model
+from mnist_accel.models import DigitClassifier, build_model, load_model
 from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
 from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
 from mnist_accel.seeding import derive_seed
 
-# Reading a number from a GPU waits for all the work queued there, so there the loop looks at its loss, and asks the other
-# ranks about signals, only every so many steps, and before anything is written. A CPU has no queue: every step.
+# Reading a number from a GPU waits for all the work queued there, so there the loop looks at its loss, and asks the
+# other ranks about signals, only every so many steps and before anything is written. On a CPU it does so every step.
 ACCELERATOR_CHECK_INTERVAL = 20
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How a network did on a split: mean cross-entropy, accuracy in 0..1, and the logits (N, C) they come from."""
-
-    loss: float
-    accuracy: float
-    correct: int
-    logits: Tensor
 
 
 class Trainer:
@@ -71,9 +58,8 @@ class Trainer:
 
         torch.manual_seed(derive_seed(config.seed, "weights"))
         # channels_last is the layout in which CPUs and tensor cores convolve without reordering.
-        self.network = build_model(config.model, self.data.class_names, config.dropout).to(
-            device, memory_format=torch.channels_last
-        )
+        self.network = build_model(config.model, self.data.class_names, config.dropout).to(device)
+        self.network.to(memory_format=torch.channels_last)
         self.average = None if config.ema_decay is None else WeightAverage(self.network, config.ema_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config))
         if config.auto_batch_size:
@@ -85,7 +71,7 @@ class Trainer:
 
         checkpoint = self._open_folder()
         self.state = TrainState(**checkpoint["state"]) if checkpoint else TrainState()
-        # Each rank sums the loss of its own images; what a checkpoint holds is the sum over ranks, so one rank takes it.
+        # Each rank sums the loss of its own images; a checkpoint holds the sum over ranks, so one rank takes it.
         loss_sum = self.state.loss_sum if self.is_main else 0.0
         self.loss_sum = torch.tensor(loss_sum, dtype=torch.float32 if device.type == "mps" else torch.float64).to(
             device
@@ -100,7 +86,11 @@ class Trainer:
     def run(self) -> int:
         """Train to the end or to a stop signal; returns the exit status, 128 + the signal's number after a signal."""
         config, accelerator, state, loader = self.config, self.accelerator, self.state, self.loader
-        self._announce()
+        self.reporter.announce(self.data, self.network, self.loader, len(self.eval_split.labels))
+        self.reporter.say(
+            f"Run: {self.folder.path}, {self.last_step:,} steps"
+            + (f", resumed after {state.step:,}" if state.step else "")
+        )
         # The loss is the sum over this micro-batch divided by the images in the global batch. `backward` divides it by
         # the number of micro-batches and DDP by the number of processes; undone here, for short last batches too.
         gradient_scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
@@ -224,8 +214,12 @@ class Trainer:
         train_loss = self._total_loss() / done
         seconds = self._clock()
         self._refuse_non_finite(train_loss, self._rate())
-        result = self.evaluate(self.eval_split)
-        state.history.append(
+        network = self.evaluated_network
+        result, logits = evaluate_on_all_ranks(self.accelerator, network, self.eval_split)
+        if self.config.validation_size:
+            # Confidences are calibrated on held-out images only (Guo et al. 2017).
+            network.temperature = metrics.fit_temperature(logits, self.eval_split.labels)
+        is_best = state.record_epoch(
             {
                 "epoch": -(-state.step // loader.steps_per_epoch),
                 "step": state.step,
@@ -237,13 +231,9 @@ class Trainer:
                 "images_per_second": round(done / seconds, 1),
             }
         )
-        is_best = result.accuracy > state.best_accuracy
-        state.epochs_without_improvement = 0 if is_best else state.epochs_without_improvement + 1
-        if is_best:
-            state.best_epoch, state.best_accuracy = state.history[-1]["epoch"], result.accuracy
         self.reporter.say(
             f"{self.eval_name.capitalize()} set: Average loss: {result.loss:.4f}, "
-            f"Accuracy: {result.correct}/{len(self.eval_split.labels)} ({result.accuracy:.2%})"
+            f"Accuracy: {result.correct}/{result.total} ({result.accuracy:.2%})"
             + (" - new best" if is_best else f" - best so far {state.best_accuracy:.2%} in epoch {state.best_epoch}")
         )
         with together(self.accelerator):
@@ -253,7 +243,6 @@ class Trainer:
                 self.folder.write_metrics(state.history)
                 self.reporter.log_epoch(state.history[-1])
         self.loss_sum.zero_()
-        state.seconds = 0.0
         self._started = time.perf_counter()
         if state.step % loader.steps_per_epoch == 0:
             self._save_checkpoint()
@@ -266,29 +255,6 @@ class Trainer:
         """The learning rate of the step done last."""
         return learning_rate(max(0, self.state.step - 1), self.total_steps, self.config)
 
-    # Evaluation
-
-    def evaluated_network(self) -> DigitClassifier:
-        """The network that is evaluated and kept: the averaged one where there is one.
-
-        It is never the wrapped one: DDP would exchange buffers on every forward pass and wait for ranks with fewer batches.
-        """
-        return self.average.model if self.average else self.network
-
-    def evaluate(self, split: Split) -> Evaluation:
-        """Each rank answers its own images and all ranks get all answers: every image counts exactly once."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        total = len(split.labels)
-        own = slice(total * rank // ranks, total * (rank + 1) // ranks)
-        logits = torch.zeros(total, len(self.data.class_names), device=self.accelerator.device)
-        with self.accelerator.autocast():
-            logits[own] = predict_logits(self.evaluated_network(), split.images[own], logits.device)
-        logits = self.accelerator.reduce(logits, reduction="sum")  # the other ranks' rows are zero
-        labels = split.labels.to(logits.device)
-        loss = F.cross_entropy(logits.double().cpu(), labels.cpu()).item()
-        correct = int((logits.argmax(dim=1) == labels).sum())
-        return Evaluation(loss, correct / total, correct, logits)
-
     # The run's folder
 
     def _open_folder(self) -> dict[str, Any] | None:
@@ -297,16 +263,7 @@ class Trainer:
         with together(self.accelerator):
             if self.is_main:
                 checkpoint[0] = self.folder.open(self.config, self.data.fingerprint)
-                self.folder.write_config(
-                    self.config,
-                    dataset_fingerprint=self.data.fingerprint,
-                    dataset_source=self.data.source,
-                    world_size=self.accelerator.num_processes,
-                    gradient_accumulation_steps=self.accelerator.gradient_accumulation_steps,
-                    mixed_precision=self.accelerator.mixed_precision,
-                    device=describe_device(self.accelerator),
-                    command=" ".join(sys.argv),
-                )
+                self.folder.write_config(self.config, self.data, self.accelerator)
             resumed_step = checkpoint[0]["state"]["step"] if checkpoint[0] else None
             self.reporter.start_trackers(self.folder.path, resumed_step)
         broadcast_object_list(checkpoint)
@@ -320,6 +277,11 @@ class Trainer:
         if self.accelerator.scaler and checkpoint["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
 
+    @property
+    def evaluated_network(self) -> DigitClassifier:
+        """The network that is evaluated and kept: the averaged one where there is one."""
+        return self.average.model if self.average else self.network
+
     def _write_weights(self, name: str, split_name: str, result: Evaluation) -> None:
         facts = {
             "dataset": self.config.dataset,
@@ -331,56 +293,38 @@ class Trainer:
             "step": self.state.step,
             "options": self.config.options(),
         }
-        network = self.evaluated_network()
-        if split_name == "validation":
-            # Confidences are calibrated on held-out images only (Guo et al. 2017).
-            network.temperature = metrics.fit_temperature(result.logits.cpu(), self.eval_split.labels.cpu())
-        self.folder.write_weights(name, network, network.state_dict(), facts)
+        self.folder.write_weights(name, self.evaluated_network, facts)
 
     def _finish(self) -> int:
         """Leave `final/`, the last row of metrics.jsonl and the figures."""
         state, test = self.state, self.data.test
         if not state.history or state.history[-1]["step"] != state.step:
             self._end_epoch()  # --max-steps ended within an epoch
-        result = self.evaluate(test)
+        result, _ = evaluate_on_all_ranks(self.accelerator, self.evaluated_network, test)
+        final = {"final": True, "step": state.step, "test_loss": round(result.loss, 6)}
+        final |= {"test_accuracy": result.accuracy, "best_epoch": state.best_epoch}
         with together(self.accelerator):
             if self.is_main:
                 self.writer.wait()
                 self._write_weights("final", "test", result)
-                final = {"final": True, "step": state.step, "test_loss": round(result.loss, 6)}
-                final |= {"test_accuracy": result.accuracy, "best_epoch": state.best_epoch}
                 if self.config.validation_size:
-                    final["best_test_accuracy"] = self._test_accuracy_of_best()
+                    best = evaluate(
+                        [load_model(self.folder.path / "best")], test, self.data.class_names, self.accelerator.device
+                    )
+                    final["best_test_accuracy"] = best.accuracy
                 self.folder.write_metrics([*state.history, final])
-                self._draw_figures(result)
+                for name, picture in self.folder.draw_figures(state.history, test, result).items():
+                    self.reporter.log_picture(name, picture, state.step)
                 self.reporter.log_epoch(final)
         if self.config.validation_size:
             self.reporter.say(
                 f"Test set (read once): Average loss: {result.loss:.4f}, "
-                f"Accuracy: {result.correct}/{len(test.labels)} ({result.accuracy:.2%})"
+                f"Accuracy: {result.correct}/{result.total} ({result.accuracy:.2%})"
             )
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
         self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
         self.accelerator.end_training()
         return 0
-
-    def _test_accuracy_of_best(self) -> float:
-        best = load_model(self.folder.path / "best").to(self.accelerator.device)
-        with self.accelerator.autocast():
-            logits = predict_logits(best, self.data.test.images, self.accelerator.device)
-        return (logits.argmax(dim=1).cpu() == self.data.test.labels).float().mean().item()
-
-    def _draw_figures(self, result: Evaluation) -> None:
-        labels, names = self.data.test.labels, self.data.class_names
-        probabilities = result.logits.softmax(dim=1).cpu()
-        confusion = metrics.confusion_matrix(probabilities.argmax(dim=1), labels, len(names))
-        pictures = {
-            "curves": lambda path: figures.draw_curves(self.state.history, path),
-            "confusion_matrix": lambda path: figures.draw_confusion_matrix(confusion, names, path),
-            "mistakes": lambda path: figures.draw_mistakes(self.data.test.images, labels, probabilities, names, path),
-        }
-        for name, draw in pictures.items():
-            self.reporter.log_picture(name, self.folder.draw(f"{name}.png", draw), self.state.step)
 
     def _stop(self, stop_signal: int) -> int:
         """After a signal: the checkpoint is on disk before the process ends."""
@@ -407,31 +351,3 @@ class Trainer:
             device=self.accelerator.device,
             augmentation=AUGMENTATIONS[self.config.augmentation] if self.config.augment else None,
         )
-
-    def _announce(self) -> None:
-        config, accelerator = self.config, self.accelerator
-        micro_batches = accelerator.gradient_accumulation_steps
-        share = config.batch_size // accelerator.num_processes // micro_batches
-        held_out = f", {len(self.eval_split.labels):,} held out for validation" if config.validation_size else ""
-        self.reporter.say(f"Device: {describe_device(accelerator)}")
-        self.reporter.say(
-            f"Data: {self.data.source}: {self.loader.num_images:,} training images, {len(self.data.test.labels):,} test "
-            f"images{held_out}, {len(self.data.class_names)} classes"
-        )
-        self.reporter.say(
-            f"Model: {config.model}, {count_parameters(self.network):,} parameters; recipe {config.recipe}; global batch "
-            f"{config.batch_size} = {accelerator.num_processes} x {micro_batches} x {share}"
-        )
-        resumed = f", resumed after step {self.state.step}" if self.state.step else ""
-        self.reporter.say(f"Run: {self.folder.path}, {self.last_step:,} steps{resumed}")
-        self._started = time.perf_counter()
-
-
-def choose_kernels(deterministic: bool) -> None:
-    """Fast kernels, or with `--deterministic` those that give the same bits every time (slower on a GPU)."""
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are noise and cost a CPU a hundred cycles each
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        # cuBLAS reads this when it starts; without it `use_deterministic_algorithms` is an error in every matrix product.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Predict the digit in every image of a folder (and its subfolders): photos, scans, drawings, of any size and colour."""
+"""Predict the digit in every image of a folder and its subfolders: photos, scans, drawings, of any size and colour."""
 
 import signal
 import sys
@@ -15,9 +15,13 @@ def main() -> int:
         help="a run's folder, a weights folder or a Hub id; if none is given, the newest runs/*/best (runs on digits "
         "aside), else the weights shipped in the package",
     )
-    parser.add_argument("--output", default="predictions.csv", help="a .csv, .jsonl or .parquet file; - is CSV on stdout")
+    parser.add_argument(
+        "--output", default="predictions.csv", help="a .csv, .jsonl or .parquet file; - is CSV on stdout"
+    )
     parser.add_argument("--probabilities", action="store_true", help="add a column for each class: p0, p1, ...")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw each image, what the model saw, its answer")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE.png", help="draw each image, what the model saw, its answer"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if any file could not be read")
     parser.add_argument(
         "--labels",
@@ -26,7 +30,9 @@ def main() -> int:
         "accuracy and a confusion matrix",
     )
     parser.add_argument(
-        "--as-is", action="store_true", help="only make images grey and 28x28: they are like the training images already"
+        "--as-is",
+        action="store_true",
+        help="only make images grey and 28x28: they are like the training images already",
     )
     parser.add_argument("--workers", type=int, help="threads that read images and predict; a core each if not given")
     options = parser.parse_args()

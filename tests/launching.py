@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "accelerate", "mnist_accel.trainer", "torch._dynamo", "matplotlib.figure", "tensorboard.compat"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "accelerate", "mnist_accel.trainer", "torch._dynamo", "matplotlib.figure", "tensorboard.compat"]
+)
 
 
 def free_port() -> int:

@@ -11,7 +11,12 @@ from mnist_accel.config import FREE_ON_RESUME, TrainConfig, differing_options, p
 def test_the_defaults_are_the_original_workflow():
     config = parse_config([])
     assert (config.epochs, config.batch_size, config.optimizer, config.learning_rate) == (10, 64, "adam", 0.001)
-    assert (config.dataset, config.model, config.dropout, config.validation_size) == ("ylecun/mnist", "mnist_net", 0.5, 0)
+    assert (config.dataset, config.model, config.dropout, config.validation_size) == (
+        "ylecun/mnist",
+        "mnist_net",
+        0.5,
+        0,
+    )
 
 
 def test_hyphens_and_underscores_are_the_same():

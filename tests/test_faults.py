@@ -15,7 +15,11 @@ OPTIONS = ["--batch-size", "16", "--epochs", "2", "--dropout", "0", "--log-every
 
 
 def run(dataset: Path, tmp_path: Path, *options: str, seconds: float = 60, **kwargs) -> tuple[list[int], str]:
-    job = Job([*OPTIONS, "--dataset", str(dataset), "--output-dir", str(tmp_path / "run"), *options], tmp_path / "logs", **kwargs)
+    job = Job(
+        [*OPTIONS, "--dataset", str(dataset), "--output-dir", str(tmp_path / "run"), *options],
+        tmp_path / "logs",
+        **kwargs,
+    )
     return job.wait(seconds), job.output()
 
 
@@ -86,7 +90,15 @@ def test_a_folder_that_holds_another_run_is_left_alone(small_dataset, tmp_path, 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(small_dataset, tmp_path, processes):
     statuses, output = run(
-        small_dataset, tmp_path, "--optimizer", "sgd", "--learning-rate", "1e30", "--checkpoint-every", "1", processes=processes
+        small_dataset,
+        tmp_path,
+        "--optimizer",
+        "sgd",
+        "--learning-rate",
+        "1e30",
+        "--checkpoint-every",
+        "1",
+        processes=processes,
     )
     assert statuses == [2] * processes, output
     assert_one_error_line(output, "not finite", "learning rate 1e+30", "step_0000")
@@ -116,7 +128,7 @@ def test_out_of_memory_on_one_rank_halves_the_micro_batch_on_all_with_the_same_r
         small_dataset, tmp_path, "--auto-batch-size", processes=2, fault=partial(_no_memory_for, 2), faulty_rank=1
     )
     assert statuses == [0, 0], output
-    assert "16 = 2 x 4 x 2" in output
+    assert "16 = 2 processes x 4 micro-batches x 2 images" in output
     train([*OPTIONS, "--dataset", str(small_dataset), "--output-dir", str(tmp_path / "roomy")], tmp_path / "logs")
     for key, tensor in weights(tmp_path / "roomy").items():
         assert (tensor - weights(tmp_path / "run")[key]).abs().max() < 1e-4, key

@@ -14,7 +14,9 @@ def numbered(count: int) -> Split:
 
 
 def labels_of(loader: ResidentLoader, epoch: int, first_step: int = 0) -> list[list[int]]:
-    return [torch.cat([labels for _, labels in step.micro_batches]).tolist() for step in loader.epoch(epoch, first_step)]
+    return [
+        torch.cat([labels for _, labels in step.micro_batches]).tolist() for step in loader.epoch(epoch, first_step)
+    ]
 
 
 @pytest.mark.parametrize("count", [64, 65, 100, 127, 16, 3])

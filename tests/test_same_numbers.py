@@ -13,7 +13,19 @@ from mnist_accel.data import load_data
 from mnist_accel.evaluation import predict_logits
 from mnist_accel.models import load_model
 
-SGD = ["--optimizer", "sgd", "--learning-rate", "0.05", "--dropout", "0", "--augment", "--batch-size", "16", "--epochs", "3"]
+SGD = [
+    "--optimizer",
+    "sgd",
+    "--learning-rate",
+    "0.05",
+    "--dropout",
+    "0",
+    "--augment",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "3",
+]
 
 
 def weights(folder: Path, name: str = "final") -> dict[str, torch.Tensor]:
@@ -70,9 +82,7 @@ def test_evaluation_counts_each_image_once(runs, name):
 
 def test_training_changed_the_weights_and_the_average_differs_from_them(runs):
     _, folders = runs
-    state = torch.load(
-        sorted((folders["one"] / "checkpoints").iterdir())[-1] / "training_state.pt", weights_only=True
-    )
+    state = torch.load(sorted((folders["one"] / "checkpoints").iterdir())[-1] / "training_state.pt", weights_only=True)
     averaged = weights(folders["one"])
     assert all(torch.equal(state["average"][name], averaged[name]) for name in averaged)
     assert any((state["model"][name] - averaged[name]).abs().max() > 1e-4 for name in averaged)

@@ -1,0 +1,220 @@
+"""What images.py promises: the same 28x28 digit whatever paper, light, size or file it comes in."""
+
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from drawn_digits import STROKES, draw, paint
+from PIL import Image
+
+from mnist_accel import images
+from mnist_accel.images import ImageError, follows_mnist_rule, read_digit, read_image, to_mnist
+
+DIGITS = list(STROKES)
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of two (28, 28) images, each a little blurred so that half a pixel counts for little."""
+    a, b = (cv2.GaussianBlur(x.astype(np.float32), (0, 0), 1).ravel() for x in (a, b))
+    return float(np.corrcoef(a, b)[0, 1]) if a.any() and b.any() else 0.0
+
+
+def reference(digit: int) -> np.ndarray:
+    return to_mnist(paint(draw(digit)))
+
+
+@pytest.mark.parametrize("digit", DIGITS)
+def test_the_result_follows_mnists_rule_and_comes_back_bit_for_bit(digit):
+    result = reference(digit)
+    assert result.shape == (28, 28) and result.dtype == np.uint8 and result.max() == 255
+    assert follows_mnist_rule(result)
+    assert np.array_equal(to_mnist(result), result)
+    assert np.array_equal(to_mnist(255 - result), result), "a negative is the same digit"
+    assert np.array_equal(to_mnist(np.repeat(result[..., None], 3, axis=2)), result), "grey as RGB"
+    assert np.array_equal(to_mnist(result.astype(np.uint16) * 257), result), "16 bits"
+
+
+def test_grey_edges_stay_grey():
+    result = reference(0)
+    assert 0.2 < ((result > 20) & (result < 235)).sum() / (result > 0).sum() < 0.9
+
+
+@pytest.mark.parametrize("digit", DIGITS)
+def test_what_is_like_mnist_only_in_size_is_set_right(digit):
+    off_centre = (draw(digit, 28, 28, 0.5, 0.08, at=(0.32, 0.3)) * 255).astype(np.uint8)
+    assert not follows_mnist_rule(off_centre)
+    for pixels in (off_centre, 255 - off_centre):
+        result = to_mnist(pixels)
+        assert follows_mnist_rule(result)
+        assert likeness(result, reference(digit)) > 0.8
+
+
+def smooth_shadow(pixels: np.ndarray) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    return (pixels * np.add.outer(np.linspace(0.2, 0.5, height), np.linspace(0.1, 0.5, width))[..., None]).astype(np.uint8)
+
+
+def noise(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    return np.clip(pixels + np.random.default_rng(0).normal(0, sigma, pixels.shape), 0, 255).astype(np.uint8)
+
+
+def frame(ink: np.ndarray, inset: float, width: float) -> np.ndarray:
+    side, at = len(ink), round(inset * len(ink))
+    return cv2.rectangle(ink.copy(), (at, at), (side - 1 - at, side - 1 - at), 1.0, max(1, round(width * side)))
+
+
+def level_line(ink: np.ndarray, height: float, width: float, strength: float) -> np.ndarray:
+    line = cv2.line(np.zeros_like(ink), (0, int(height * len(ink))), (len(ink), int((height + 0.01) * len(ink))), 1.0, round(width * len(ink)))
+    return np.maximum(ink, strength * line)
+
+
+def with_neighbour(ink: np.ndarray) -> np.ndarray:
+    return np.maximum(ink, draw(0, *ink.shape, at=(0.5, 1.22)))
+
+
+def with_specks(ink: np.ndarray) -> np.ndarray:
+    speckled = ink.copy()
+    for y, x in np.random.default_rng(1).integers(5, len(ink) - 5, (15, 2)):
+        cv2.circle(speckled, (int(x), int(y)), 1, 1.0, -1)
+    return speckled
+
+
+VARIANTS = {
+    "light on dark": lambda d: 255 - paint(draw(d)),
+    "large": lambda d: paint(draw(d, 900, 1600)),
+    "a small digit on a large page": lambda d: paint(draw(d, 800, 900, 0.12, 0.012, at=(0.7, 0.25))),
+    "a tight 16x16 scan": lambda d: (255 * draw(d, 16, 16, 0.86, 0.12)).astype(np.uint8),
+    "a tight 16x16 negative": lambda d: (255 - 255 * draw(d, 16, 16, 0.86, 0.12)).astype(np.uint8),
+    "bilevel": lambda d: ((draw(d, 32, 32, 0.85, 0.12) < 0.5) * 255).astype(np.uint8),
+    "low contrast": lambda d: noise(paint(draw(d), (150, 150, 150), (175, 175, 175)), 3),
+    "noise": lambda d: noise(paint(draw(d)), 15),
+    "shadow": lambda d: smooth_shadow(paint(draw(d))),
+    "red ink on green as bright": lambda d: paint(draw(d), (200, 100, 100), (100, 150, 107)),
+    "a frame on the edge": lambda d: paint(frame(draw(d), 0.0, 0.03)),
+    "a frame inside, light on dark": lambda d: 255 - paint(frame(draw(d), 0.08, 0.02)),
+    "a grey pencil's digit in a black frame": lambda d: noise(
+        paint(frame(draw(d) * 0.35, 0.02, 0.05), (0, 0, 0)), 2),
+    "a table's line at the top": lambda d: paint(level_line(draw(d), 0.04, 0.03, 1.0)),
+    "ruled paper": lambda d: paint(level_line(draw(d), 0.42, 0.015, 0.5)),
+    "a neighbour cut at the edge": lambda d: paint(with_neighbour(draw(d))),
+    "specks": lambda d: paint(with_specks(draw(d))),
+    "thin strokes": lambda d: paint(draw(d, pen=0.005)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_same_digit_is_found(name):
+    for digit in DIGITS:
+        alike = {other: likeness(to_mnist(VARIANTS[name](digit)), reference(other)) for other in DIGITS}
+        assert alike[digit] > 0.7, f"{digit}: {alike}"
+        assert max(alike, key=lambda other: alike[other]) == digit, f"{digit}: {alike}"
+
+
+def test_all_parts_of_a_broken_digit_are_kept():
+    ink = draw(5)
+    ink[95:100] = 0
+    assert likeness(to_mnist(paint(ink)), reference(5)) > 0.9
+
+
+@pytest.mark.parametrize("digit", [2, 4, 7])
+def test_a_bar_along_the_edge_of_a_close_crop_is_the_digits_own(digit):
+    ink = draw(digit, 300, 300)
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    crop = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    assert likeness(to_mnist(paint(crop)), reference(digit)) > 0.9
+
+
+@pytest.mark.parametrize("side", [1, 2, 16, 28, 41, 100, 700])
+def test_paper_without_ink_gives_zeros(side):
+    random = np.random.default_rng(0)
+    assert not to_mnist(np.full((side, side), 200, np.uint8)).any()
+    assert not to_mnist(np.zeros((side, side, 4), np.uint8)).any()
+    if side > 8:
+        assert not to_mnist(np.clip(random.normal(150, 8, (side, side)), 0, 255).astype(np.uint8)).any()
+    if side > 40:
+        assert not to_mnist(smooth_shadow(noise(np.full((side, side, 3), 220, np.uint8), 4))).any()
+
+
+@pytest.mark.parametrize("pixels", [
+    np.zeros((28, 28), np.float32), np.zeros((0, 5), np.uint8), np.zeros(5, np.uint8), np.zeros((5, 5, 2), np.uint8),
+])  # fmt: skip
+def test_other_arrays_are_refused(pixels):
+    with pytest.raises(ValueError, match="expected"):
+        to_mnist(pixels)
+
+
+def test_ink_on_transparency_is_seen_whatever_its_colour(tmp_path: Path):
+    alpha = (draw(4) * 255).astype(np.uint8)
+    for tone in (0, 255, 128):
+        Image.fromarray(np.dstack([np.full((200, 200, 3), tone, np.uint8), alpha])).save(tmp_path / "ink.png")
+        assert likeness(read_digit(tmp_path / "ink.png"), reference(4)) > 0.95
+
+
+def test_a_picture_cut_out_of_its_surroundings_keeps_its_paper(tmp_path: Path):
+    inside = cv2.circle(np.zeros((200, 200), np.uint8), (100, 100), 95, 255, -1)
+    Image.fromarray(np.dstack([paint(draw(4)), inside])).save(tmp_path / "round.png")
+    assert likeness(read_digit(tmp_path / "round.png"), reference(4)) > 0.95
+
+
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16", "LAB"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_colour_mode_is_read(mode, tmp_path: Path):
+    grey = Image.fromarray(paint(draw(2))).convert("L")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 16)
+    elif mode == "LAB":
+        image = Image.merge("LAB", [grey, Image.new("L", grey.size, 128), Image.new("L", grey.size, 128)])
+    elif mode in ("CMYK", "YCbCr", "P"):
+        image = grey.convert("RGB").convert(mode)
+    else:
+        image = grey.convert(mode)
+    image.save(tmp_path / "digit.tif")
+    assert likeness(read_digit(tmp_path / "digit.tif"), reference(2)) > 0.9
+
+
+def test_the_cameras_orientation_is_applied(tmp_path: Path):
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(paint(draw(7)))))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("photo.jpg", "photo.png"):
+        turned.save(tmp_path / name, exif=exif)
+        assert likeness(read_digit(tmp_path / name), reference(7)) > 0.95
+
+
+def test_an_animation_gives_its_first_frame(tmp_path: Path):
+    frames = [Image.fromarray(paint(draw(digit))) for digit in (2, 7)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    assert likeness(read_digit(tmp_path / "two.gif"), reference(2)) > 0.9
+
+
+def test_the_content_decides_the_format_not_the_name(tmp_path: Path):
+    Image.fromarray(paint(draw(4))).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").rename(tmp_path / "a.png")
+    assert likeness(read_digit(tmp_path / "a.png"), reference(4)) > 0.95
+
+
+def test_a_large_photo_is_reduced_when_it_is_read(tmp_path: Path):
+    Image.fromarray(paint(draw(2, 2400, 3200))).save(tmp_path / "photo.jpg")
+    assert max(read_image(tmp_path / "photo.jpg").shape) <= images.READ_SIDE
+    assert likeness(read_digit(tmp_path / "photo.jpg"), reference(2)) > 0.95
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.new("L", (300, 400)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 300 * 400 - 1)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was unpacked"))
+    with pytest.raises(ImageError, match="bomb"):
+        read_image(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with warnings.catch_warnings(), pytest.raises(ImageError, match="bomb"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_no_decoder_runs_that_runs_other_programs(tmp_path: Path):
+    (tmp_path / "page.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="not an image"):
+        read_image(tmp_path / "page.png")
