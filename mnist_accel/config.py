@@ -5,6 +5,7 @@ Imports nothing heavy, so that `--help` and a mistyped option answer at once.
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,14 @@ PROVENANCE = "provenance"
 # Options that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
 FREE_ON_RESUME = {
     *("output_dir", "resume", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "report_to"),
-    *("early_stopping_patience", "gradient_accumulation_steps", "auto_batch_size", "deterministic", "recipe"),
+    *(
+        "early_stopping_patience",
+        "gradient_accumulation_steps",
+        "auto_batch_size",
+        "deterministic",
+        "recipe",
+        "push_to_hub",
+    ),
 }
 
 
@@ -63,6 +71,12 @@ def _or_off(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _checkpoint_interval(text: str) -> int | str:
     return text if text == "epoch" else _positive_int(text)
+
+
+def _repository(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise ValueError("must be of the form USER/NAME")
+    return text
 
 
 def option(default: Any, help: str, parse: Callable[[str], Any] = str, choices: Sequence[str] | None = None) -> Any:
@@ -113,6 +127,7 @@ class TrainConfig:
     deterministic: bool = option(False, "bit-reproducible kernels; slower on a GPU")
     log_every: int = option(100, "optimizer steps between progress lines", _positive_int)
     report_to: str = option("tensorboard", "'none', or any tracker that Accelerate knows")
+    push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", _or_off(_repository))
     auto_batch_size: bool = option(
         False, "when memory runs out, halve the micro-batch and double accumulation; the global batch stays"
     )

@@ -28,6 +28,13 @@ def build_accelerator(
         UserError: the launch would train something else than what was asked for.
     """
     use_all_cores()
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        # On a CPU Accelerate would drop such a wish without a word.
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
+            raise UserError(
+                f"{plugin} is not supported, as a network of a megabyte gains nothing from being split up: launch "
+                "with --multi_gpu, or run `accelerate config` without it"
+            )
     trackers = None if report_to == "none" else report_to
     try:
         accelerator = Accelerator(
@@ -48,8 +55,8 @@ def build_accelerator(
         )
     if accelerator.distributed_type not in DATA_PARALLEL:
         raise UserError(
-            f"distributed_type {accelerator.distributed_type.value} is not supported: choose data parallelism "
-            "(--multi_gpu, or `accelerate config` without FSDP, DeepSpeed and Megatron-LM)"
+            f"distributed_type {accelerator.distributed_type.value} is not supported: launch with --multi_gpu, or "
+            "choose data parallelism in `accelerate config`"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 does not exist on a CPU: launch with --mixed_precision bf16 or no")
@@ -59,8 +66,8 @@ def build_accelerator(
 def use_all_cores() -> None:
     """Give this process its share of the physical cores, unless the user chose a number of threads.
 
-    `accelerate launch` without a GPU, and torchrun with several processes, set OMP_NUM_THREADS=1, which trains on one core
-    without a word. Their 1 is told from a user's by what the launcher itself was started with.
+    `accelerate launch` without a GPU, and torchrun with several processes, set OMP_NUM_THREADS=1, which trains on one
+    core without a word. Their 1 is told from a user's by what the launcher itself was started with.
     """
     chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     if chosen.isdigit() and (chosen != "1" or _one_thread_was_chosen()):
@@ -72,14 +79,14 @@ def use_all_cores() -> None:
 
 
 def _one_thread_was_chosen() -> bool:
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return True  # no launcher stands between the user and this process
     try:
         launcher = psutil.Process().parent()
-        return launcher is not None and (
-            "OMP_NUM_THREADS" in launcher.environ()
-            or any(part.replace("-", "_").startswith("__num_cpu_threads_per_process") for part in launcher.cmdline())
-        )
+        command = launcher.cmdline() if launcher else []
+        names = {part.rsplit("/", 1)[-1] for part in command[:4]}
+        if not names & {"accelerate", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}:
+            return True  # no launcher stands between the user and this process
+        option = any(part.replace("-", "_").startswith("__num_cpu_threads_per_process") for part in command)
+        return option or "OMP_NUM_THREADS" in launcher.environ()
     except (psutil.Error, OSError):
         return False
 
@@ -96,7 +103,7 @@ def choose_kernels(deterministic: bool) -> None:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Run a block that may fail on some ranks only; then every rank raises the first failing rank's error, or none does.
+    """Run a block that may fail on some ranks; then every rank raises the first failing rank's error, or none does.
 
     Without this a rank that fails would leave the others waiting for it in their next collective operation. Every rank
     must come here. An `OSError` (a full disk, a folder that vanished) counts as the user's to mend.

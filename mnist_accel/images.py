@@ -19,6 +19,8 @@ from mnist_accel.ink import Ink, find_digit
 SIDE, BOX = 28, 20
 # What Pillow may try: pixels only. Its other decoders run Ghostscript on the file, or follow it to other files.
 FORMATS = ["PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "PCX", "ICO"]
+Image.init()  # Pillow cannot be asked for formats that it has not loaded yet, and builds differ in what they have.
+FORMATS = [name for name in FORMATS if name in Image.OPEN]
 # No image may unpack to more pixels: few cameras make more, and a few kilobytes can claim billions. (Larger JPEG files
 # are fine: they are decoded at a reduced size.)
 MAX_PIXELS = 100_000_000

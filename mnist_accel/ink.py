@@ -34,22 +34,33 @@ def find_digit(grey: Grey, tight: bool) -> Ink | None:
     if not is_dark_ink(smooth, tight):
         smooth = 1 - smooth
     strength, noise = ink_strength(smooth, tight)
-    digit = None
-    for _ in range(2):
-        # The peaks of normal noise stay below 6 standard deviations; less than 2 of 255 grey levels are rounding.
-        inked = strength[strength > max(6 * noise, 0.25 * float(strength.max()), 2 / 255)]
-        if not inked.size:
-            break
-        mask = (strength > 0.4 * float(np.median(inked))).astype(np.uint8)
-        foreign = np.zeros_like(mask) if tight else foreign_parts(mask)
-        digit = digit_parts(mask & (1 - foreign), strength)
-        if digit is None or not foreign.any():
-            break
-        # A printed frame can be many times darker than a pencil's digit: with it out of the way, look again.
-        strength = strength * (1 - cv2.dilate(foreign, np.ones((5, 5), np.uint8)) * (1 - digit))
-    if digit is None or (not tight and _is_shading(strength, digit)):
-        return None
-    return sharpened(strength, digit)
+    mask = _inked(strength, noise)
+    if tight:
+        digit = digit_parts(mask, strength)
+        return None if digit is None else sharpened(strength, digit)
+    foreign = foreign_parts(mask)
+    if foreign.any():
+        # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
+        blur = cv2.dilate(foreign, np.ones((5, 5), np.uint8)) & (1 - (mask & (1 - foreign)))
+        rest = strength * (1 - blur)
+        digit = digit_parts(_inked(rest, noise), rest)
+        # A zero that fills the image lies along its edges as a frame does: then nothing as large as a digit is left.
+        if digit is not None and _longest_side(digit) > 0.2 * max(digit.shape) and not _is_shading(strength, digit):
+            return sharpened(rest, digit)
+    digit = digit_parts(mask, strength)
+    return None if digit is None or _is_shading(strength, digit) else sharpened(strength, digit)
+
+
+def _inked(strength: Grey, noise: float) -> Mask:
+    """Where there is at least four tenths of the typical ink; nowhere if nothing stands out from the noise."""
+    # The peaks of normal noise stay below 6 standard deviations; less than 2 of 255 grey levels are rounding.
+    ink = strength[strength > max(6 * noise, 0.25 * float(strength.max()), 2 / 255)]
+    return (strength > (0.4 * float(np.median(ink)) if ink.size else np.inf)).astype(np.uint8)
+
+
+def _longest_side(mask: Mask) -> int:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(max(rows[-1] - rows[0], columns[-1] - columns[0])) + 1
 
 
 # --- paper and polarity ----------------------------------------------------------------------------------------------
@@ -129,22 +140,20 @@ def ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
 def _is_shading(strength: Grey, part: Mask) -> bool:
     """Whether what was found fades slowly into its surroundings, as uneven light does: a pen's stroke ends.
 
-    Measured a fortieth of the image off it, beyond a bad lens's blur: there, ink leaves less than a sixth of itself.
+    Measured a fortieth of the image off it, beyond a bad lens's blur: there, ink leaves less than a sixth of itself
+    along most of its outline.
     """
     side = max(part.shape)
     distance = cv2.distanceTransform(1 - part, cv2.DIST_L2, 3)
     around = strength[(distance > side / 60) & (distance <= side / 25)]
-    return bool(around.size and around.mean() > strength[part > 0].mean() / 6)
+    return bool(around.size and np.median(around) > strength[part > 0].mean() / 6)
 
 
 # --- lines and frames ------------------------------------------------------------------------------------------------
 
 
 def foreign_parts(mask: Mask) -> Mask:
-    """Frames, the lines of tables and of ruled paper, and what reaches in from outside: what is no part of the digit.
-
-    Empty if nothing would be left.
-    """
+    """What is no part of the digit: frames, the lines of tables and of ruled paper, what reaches in from outside."""
     foreign = _crossing_lines(mask)
     height, width = mask.shape
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask & (1 - foreign), connectivity=8)
@@ -152,7 +161,6 @@ def foreign_parts(mask: Mask) -> Mask:
     depth_y, depth_x = round(0.15 * height), round(0.15 * width)
     border[depth_y : height - depth_y, depth_x : width - depth_x] = 0
     share_at_border = np.bincount(labels.ravel(), weights=border.ravel(), minlength=count) / stats[:, cv2.CC_STAT_AREA]
-    inside = 0
     drop = [False] * count
     for label in range(1, count):
         x, y, wide, high = (int(v) for v in stats[label, :4])
@@ -160,10 +168,6 @@ def foreign_parts(mask: Mask) -> Mask:
         drop[label] = at_edge and share_at_border[label] > 0.85
         if wide > 0.5 * width and high > 0.5 * height:
             drop[label] |= _is_frame(labels[y : y + high, x : x + wide] == label)
-        inside = max(inside, 0 if drop[label] else max(wide, high))
-    # A zero that fills the image also lies along its border: something as large as a digit must be left.
-    if inside < 0.2 * max(height, width):
-        return np.zeros_like(mask)
     return foreign | np.array(drop, np.uint8)[labels]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mnist_accel.cli import UserError
 
@@ -88,9 +88,20 @@ def write_table(rows: Iterable[list[Any]], output: str, columns: dict[str, type]
 
 def _write_csv(rows: Iterable[list[Any]], path: Path | int, columns: dict[str, type]) -> None:
     with open(path, "w", encoding="utf-8", newline="", closefd=not isinstance(path, int)) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # The writer quotes only those line ends that it uses itself, and a name can hold a carriage return.
+        writer = csv.writer(_PlainNewlines(file), lineterminator="\r\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+class _PlainNewlines:
+    """A text file to which a line that ends in \\r\\n is written with \\n."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, line: str) -> int:
+        return self.file.write(line.removesuffix("\r\n") + "\n")
 
 
 def _write_jsonl(rows: Iterable[list[Any]], path: Path | int, columns: dict[str, type]) -> None:

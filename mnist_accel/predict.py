@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,8 @@ def predict(
     # Decoders, OpenCV and the network let go of Python's lock: these threads are the parallelism. Within each, one
     # core, also because kernels round differently on different numbers of cores.
     cv2.setNumThreads(1)
+    # What is wrong with a file stands in its row; Pillow's remarks on what it could read all the same help nobody.
+    warnings.filterwarnings("ignore", module="PIL")
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         parts = in_order(pool, read, grouped(mine, READ_TOGETHER), ahead=BATCH_SIZE // READ_TOGETHER + 4 * workers)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch.nn import functional as F
+from torch import nn
 
 from mnist_accel import metrics
 from mnist_accel.augment import AUGMENTATIONS
@@ -63,19 +63,17 @@ class Trainer:
         self.average = None if config.ema_decay is None else WeightAverage(self.network, config.ema_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config))
         if config.auto_batch_size:
-            first_micro_batch = next(self.loader.epoch(0)).micro_batches[0]
-            self.accelerator.gradient_accumulation_steps <<= halvings_to_fit(
-                self.accelerator, self.model, *first_micro_batch
-            )
+            images, labels = next(self.loader.epoch(0)).micro_batches[0]
+            halvings = halvings_to_fit(self.accelerator, self.model, images, labels)
+            self.accelerator.gradient_accumulation_steps <<= halvings
             self.loader = self._build_loader(train_split)
 
         checkpoint = self._open_folder()
         self.state = TrainState(**checkpoint["state"]) if checkpoint else TrainState()
         # Each rank sums the loss of its own images; a checkpoint holds the sum over ranks, so one rank takes it.
         loss_sum = self.state.loss_sum if self.is_main else 0.0
-        self.loss_sum = torch.tensor(loss_sum, dtype=torch.float32 if device.type == "mps" else torch.float64).to(
-            device
-        )
+        precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.loss_sum = torch.tensor(loss_sum, dtype=precision, device=device)
         if checkpoint:
             self._restore(checkpoint)
         self.total_steps = config.epochs * self.loader.steps_per_epoch
@@ -87,12 +85,14 @@ class Trainer:
         """Train to the end or to a stop signal; returns the exit status, 128 + the signal's number after a signal."""
         config, accelerator, state, loader = self.config, self.accelerator, self.state, self.loader
         self.reporter.announce(self.data, self.network, self.loader, len(self.eval_split.labels))
-        self.reporter.say(
-            f"Run: {self.folder.path}, {self.last_step:,} steps"
-            + (f", resumed after {state.step:,}" if state.step else "")
+        resumed = f", resumed after step {state.step:,}" if state.step else ""
+        self.reporter.say(f"Run: {self.folder.path}, {self.last_step:,} steps{resumed}")
+        criterion = nn.CrossEntropyLoss(
+            reduction="sum", ignore_index=IGNORED_LABEL, label_smoothing=config.label_smoothing
         )
-        # The loss is the sum over this micro-batch divided by the images in the global batch. `backward` divides it by
-        # the number of micro-batches and DDP by the number of processes; undone here, for short last batches too.
+        # The gradient is that of the mean over the global batch, also for a short last one: the sum over a micro-batch
+        # is divided by the images in the global batch, and what `backward` (by micro-batches) and DDP (by processes)
+        # divide by is multiplied back in.
         gradient_scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
         stop_signal = 0
         with StopSignals() as signals:
@@ -107,14 +107,7 @@ class Trainer:
                     torch.manual_seed(derive_seed(config.seed, "dropout", state.step, accelerator.process_index))
                     for images, labels in batch.micro_batches:
                         with accelerator.accumulate(self.model):
-                            logits = self.model(images)
-                            loss = F.cross_entropy(
-                                logits,
-                                labels,
-                                reduction="sum",
-                                ignore_index=IGNORED_LABEL,
-                                label_smoothing=config.label_smoothing,
-                            )
+                            loss = criterion(self.model(images), labels)
                             accelerator.backward(loss * (gradient_scale / batch.size))
                             self.loss_sum += loss.detach()
                             if accelerator.sync_gradients:
@@ -130,11 +123,12 @@ class Trainer:
                     self.reporter.advance(batch.size)
                     if state.step % config.log_every == 0:
                         self._log_progress(epoch, rate)
-                    if state.step == self.last_step or stop_signal or self._checkpoint_is_due():
-                        if state.step % loader.steps_per_epoch:  # else the epoch is evaluated before it is saved
-                            self._save_checkpoint()
-                        if state.step == self.last_step or stop_signal:
-                            break
+                    stopping = state.step == self.last_step or stop_signal
+                    # At the end of an epoch the evaluation comes first, so that a checkpoint there includes it.
+                    if (stopping or self._checkpoint_is_due()) and state.step % loader.steps_per_epoch:
+                        self._save_checkpoint()
+                    if stopping:
+                        break
                 self.reporter.end_epoch()
                 if state.step % loader.steps_per_epoch == 0:
                     self._end_epoch()
@@ -184,8 +178,7 @@ class Trainer:
         return min(steps * self.config.batch_size, self.loader.num_images)
 
     def _checkpoint_is_due(self) -> bool:
-        every = self.config.checkpoint_every
-        return isinstance(every, int) and self.state.step % every == 0
+        return self.config.checkpoint_every != "epoch" and self.state.step % int(self.config.checkpoint_every) == 0
 
     def _save_checkpoint(self) -> None:
         self.state.loss_sum = self._total_loss()
@@ -251,8 +244,7 @@ class Trainer:
         patience = self.config.early_stopping_patience
         return patience is not None and self.state.epochs_without_improvement >= patience
 
-    def _rate(self) -> float:
-        """The learning rate of the step done last."""
+    def _rate(self) -> float:  # of the step done last
         return learning_rate(max(0, self.state.step - 1), self.total_steps, self.config)
 
     # The run's folder
@@ -324,6 +316,10 @@ class Trainer:
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
         self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
         self.accelerator.end_training()
+        if self.config.push_to_hub:
+            with together(self.accelerator):
+                if self.is_main:
+                    self.reporter.say(f"Uploaded: {self.folder.push_best(self.config.push_to_hub)}")
         return 0
 
     def _stop(self, stop_signal: int) -> int:

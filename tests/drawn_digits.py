@@ -4,7 +4,9 @@ import cv2
 import numpy as np
 
 STROKES = {
-    0: [[(0.5, 0.0), (0.2, 0.1), (0.1, 0.5), (0.25, 0.95), (0.5, 1.0), (0.8, 0.9), (0.9, 0.5), (0.75, 0.1), (0.5, 0.0)]],
+    0: [
+        [(0.5, 0.0), (0.2, 0.1), (0.1, 0.5), (0.25, 0.95), (0.5, 1.0), (0.8, 0.9), (0.9, 0.5), (0.75, 0.1), (0.5, 0.0)]
+    ],
     1: [[(0.5, 0.0), (0.45, 1.0)]],
     2: [[(0.15, 0.2), (0.4, 0.0), (0.75, 0.1), (0.7, 0.45), (0.1, 1.0), (0.9, 0.97)]],
     4: [[(0.35, 0.0), (0.1, 0.6), (0.9, 0.55)], [(0.7, 0.2), (0.62, 1.0)]],
@@ -13,7 +15,9 @@ STROKES = {
 }
 
 
-def draw(digit: int, height: int = 200, width: int = 200, size: float = 0.6, pen: float = 0.09, at=(0.5, 0.5)) -> np.ndarray:
+def draw(
+    digit: int, height: int = 200, width: int = 200, size: float = 0.6, pen: float = 0.09, at=(0.5, 0.5)
+) -> np.ndarray:
     """Ink as float32 (height, width) in 0..1; size and pen as shares of the shorter side, `at` the middle (y, x)."""
     side = min(height, width)
     ink = np.zeros((height * 4, width * 4), np.uint8)

@@ -149,6 +149,7 @@ def test_out_of_memory_with_a_single_image_is_an_error(small_dataset, tmp_path):
         (["--resume", "nowhere/step_00000001"], {}, ["no checkpoint at", "--resume auto"]),
         (["--report-to", "carrier-pigeon"], {}, ["carrier-pigeon"]),
         ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["fp16", "bf16"]),
+        ([], {"ACCELERATE_USE_FSDP": "true"}, ["FSDP is not supported", "--multi_gpu"]),
         ([], {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_CPU": "false"}, ["2 processes", "ACCELERATE_USE_CPU"]),
     ],
 )  # fmt: skip

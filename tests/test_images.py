@@ -53,7 +53,9 @@ def test_what_is_like_mnist_only_in_size_is_set_right(digit):
 
 def smooth_shadow(pixels: np.ndarray) -> np.ndarray:
     height, width = pixels.shape[:2]
-    return (pixels * np.add.outer(np.linspace(0.2, 0.5, height), np.linspace(0.1, 0.5, width))[..., None]).astype(np.uint8)
+    return (pixels * np.add.outer(np.linspace(0.2, 0.5, height), np.linspace(0.1, 0.5, width))[..., None]).astype(
+        np.uint8
+    )
 
 
 def noise(pixels: np.ndarray, sigma: float) -> np.ndarray:
@@ -66,7 +68,13 @@ def frame(ink: np.ndarray, inset: float, width: float) -> np.ndarray:
 
 
 def level_line(ink: np.ndarray, height: float, width: float, strength: float) -> np.ndarray:
-    line = cv2.line(np.zeros_like(ink), (0, int(height * len(ink))), (len(ink), int((height + 0.01) * len(ink))), 1.0, round(width * len(ink)))
+    line = cv2.line(
+        np.zeros_like(ink),
+        (0, int(height * len(ink))),
+        (len(ink), int((height + 0.01) * len(ink))),
+        1.0,
+        round(width * len(ink)),
+    )
     return np.maximum(ink, strength * line)
 
 
@@ -200,7 +208,7 @@ def test_the_content_decides_the_format_not_the_name(tmp_path: Path):
 def test_a_large_photo_is_reduced_when_it_is_read(tmp_path: Path):
     Image.fromarray(paint(draw(2, 2400, 3200))).save(tmp_path / "photo.jpg")
     assert max(read_image(tmp_path / "photo.jpg").shape) <= images.READ_SIDE
-    assert likeness(read_digit(tmp_path / "photo.jpg"), reference(2)) > 0.95
+    assert likeness(read_digit(tmp_path / "photo.jpg"), reference(2)) > 0.9
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,235 @@
+"""The loops that users would write instead of this project's: each runs in a process of its own for the benchmark.
+
+`python -m mnist_accel.benchmark_loops NAME` (or `accelerate launch -m …`) prints one line of JSON. The examples' loop is
+written as in Accelerate's `examples/cv_example.py`, and `pytorch` as in PyTorch's `examples/mnist/main.py`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate import Accelerator, PartialState
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+from mnist_accel.data import Split, load_data
+from mnist_accel.models import MNIST_MEAN, MNIST_STD, build_model, load_model, save_model
+
+REFERENCE_EPOCHS = 14  # the default of PyTorch's example
+
+
+class PictureDataset(Dataset):
+    """Images transformed one by one, as `torchvision.datasets.MNIST` with its usual transforms does."""
+
+    def __init__(self, split: Split) -> None:
+        self.images, self.labels = split.images, split.labels
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MNIST_MEAN,), (MNIST_STD,))])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
+
+
+def mnist_net_as_described() -> nn.Sequential:
+    """`mnist_net` with its layers in the order of its description: each ReLU before the max-pool."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(3136, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)),
+    )
+
+
+def pytorch_example_net() -> nn.Sequential:
+    """The network of PyTorch's MNIST example: 1,199,882 parameters."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)),
+        *(nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10), nn.LogSoftmax(dim=1)),
+    )
+
+
+def examples(options: argparse.Namespace) -> dict[str, Any]:
+    """The loop of Accelerate's examples, at batch 64; precision and device are the launcher's."""
+    accelerator = Accelerator()
+    split = load_data(options.dataset).train
+    model = mnist_net_as_described()
+    optimizer = torch.optim.Adam(model.parameters())
+    loader = DataLoader(PictureDataset(split), batch_size=64, shuffle=True, num_workers=options.workers)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    began, steps, images_done = time.perf_counter(), 0, 0
+    for images, labels in _endless(loader, options.steps):
+        loss = F.cross_entropy(model(images), labels)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps, images_done = steps + 1, images_done + len(labels)
+    loss.item()  # waits for a GPU
+    return {"images/s": images_done / (time.perf_counter() - began)}
+
+
+def raw(options: argparse.Namespace) -> dict[str, Any]:
+    """The least that PyTorch can do: this project's network on resident tensors, with no framework around it."""
+    torch.set_flush_denormal(True)
+    device = PartialState().device
+    split = load_data(options.dataset).train
+    images, labels = split.images.to(device), split.labels.to(device)
+    model = build_model("mnist_net").to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    began, done = time.perf_counter(), 0
+    for indices in _endless(_Shuffled(len(labels), device), options.steps):
+        batch = images[indices].unsqueeze(1).float().div_(255)
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            logits = model(batch)
+        F.cross_entropy(logits.float(), labels[indices]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += len(indices)
+    model.linear2.bias.sum().item()
+    return {"images/s": done / (time.perf_counter() - began)}
+
+
+class _Shuffled:
+    """Batches of 64 indices in a new random order at each pass."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.randperm(self.size).to(self.device).split(64)
+
+
+def _endless(batches: Any, steps: int) -> Iterator[Any]:
+    """`steps` batches, over as many passes as that takes."""
+    while steps > 0:
+        for batch in batches:
+            yield batch
+            steps -= 1
+            if steps == 0:
+                break
+
+
+def pytorch(options: argparse.Namespace) -> dict[str, Any]:
+    """PyTorch's MNIST example, stopped after the first epoch whose test accuracy is `--target` or more."""
+    device = PartialState().device
+    torch.manual_seed(options.seed)
+    data = load_data(options.dataset)
+    train = DataLoader(PictureDataset(data.train), batch_size=64, shuffle=True)
+    test = DataLoader(PictureDataset(data.test), batch_size=1000)
+    model = pytorch_example_net().to(device)
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
+    accuracy, epoch = 0.0, 0
+    while accuracy < options.target and epoch < (options.epochs or REFERENCE_EPOCHS):
+        model.train()
+        for images, labels in train:
+            optimizer.zero_grad()
+            F.nll_loss(model(images.to(device)), labels.to(device)).backward()
+            optimizer.step()
+        scheduler.step()
+        epoch += 1
+        model.eval()
+        with torch.no_grad():
+            right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in test)
+        accuracy = right / len(data.test.labels)
+    return {"test accuracy": accuracy, "epochs": epoch}
+
+
+def make_images(options: argparse.Namespace) -> dict[str, Any]:
+    """Write `--steps` test images as PNG files into `--folder`, and an untrained network into `--model`."""
+    images = load_data(options.dataset).test.images
+    Path(options.folder).mkdir()
+    for index in range(options.steps):
+        Image.fromarray(images[index % len(images)].numpy()).save(Path(options.folder) / f"{index:06}.png")
+    save_model(build_model("mnist_net"), Path(options.model))
+    return {}
+
+
+def predict(options: argparse.Namespace) -> dict[str, Any]:
+    """Open and classify the images of a folder one by one."""
+    device = PartialState().device
+    model = load_model(options.model).to(device)
+    transform = transforms.Compose([transforms.Grayscale(), transforms.Resize((28, 28)), transforms.ToTensor()])
+    answers = []
+    with torch.no_grad():
+        for path in sorted(Path(options.folder).rglob("*.png")):
+            answers.append(int(model(transform(Image.open(path)).unsqueeze(0).to(device)).argmax()))
+    return {"images": len(answers)}
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers were measured on, the arithmetic of a training image, and the rate of large matrix products."""
+    device = PartialState().device
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(build_model("mnist_net")(torch.zeros(1, 1, 28, 28)), torch.tensor([0])).backward()
+    size = 2048 if device.type == "cpu" else 8192
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "devices": torch.cuda.device_count(),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "operations_per_image": counter.get_total_flops(),
+        "FLOP/s, fp32": _product_rate(size, torch.float32, device),
+        "FLOP/s, bf16": _product_rate(size, torch.bfloat16, device),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _product_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second of the best of several square matrix products."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        (left @ right)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+LOOPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    loop.__name__: loop for loop in (examples, raw, pytorch, make_images, predict, machine)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("loop", choices=LOOPS)
+    parser.add_argument("--dataset", default="ylecun/mnist")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--target", type=float, default=0.99)
+    parser.add_argument("--folder")
+    parser.add_argument("--model")
+    options = parser.parse_args()
+    print(json.dumps(LOOPS[options.loop](options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

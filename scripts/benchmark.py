@@ -1,0 +1,55 @@
+"""Measure this project against the loops that users would write instead, side by side in one run."""
+
+import json
+from pathlib import Path
+
+from mnist_accel.benchmark import PARTS, PRECISIONS, Benchmark, as_table, draw_benchmark
+from mnist_accel.cli import CommandLine, UserError, run_script
+
+
+def main() -> int:
+    parser = CommandLine(description=__doc__)
+    parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="of the training speeds")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each command is run, in turn")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a training measurement")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings of the recipe fast")
+    parser.add_argument("--images", type=int, default=10_000, help="files to predict")
+    parser.add_argument("--time-limit", type=float, default=3600, help="seconds after which a process is killed")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write every number")
+    parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw training speeds and times to 99%%")
+    options = parser.parse_args()
+    for name in ("rounds", "steps", "seeds", "images"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: give at least 1")
+    parts = _chosen("--parts", options.parts, PARTS)
+    precisions = _chosen("--precisions", options.precisions, PRECISIONS)
+    if options.figure and not {"training", "accuracy"} & set(parts):
+        raise UserError("--figure shows training and accuracy: measure at least one of these --parts")
+
+    scripts = Path(__file__).resolve().parent
+    benchmark = Benchmark(
+        scripts, options.dataset, parts, precisions, options.rounds, options.steps, options.seeds, options.images,
+        options.time_limit,
+    )  # fmt: skip
+    results = benchmark.run(say=lambda line: print(line, flush=True))
+    print("\n" + as_table(results))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+    if options.figure:
+        draw_benchmark(results, options.figure)
+    return 0
+
+
+def _chosen(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{option} {name!r} is unknown: choose from {','.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+if __name__ == "__main__":
+    run_script(main)

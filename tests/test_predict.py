@@ -1,0 +1,290 @@
+"""What predict_dir.py promises: one row per image, in order, the same on any number of threads and processes."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from drawn_digits import STROKES, draw, paint
+from PIL import Image
+from pyarrow import parquet
+
+from mnist_accel import predict as predict_module
+from mnist_accel.cli import UserError
+from mnist_accel.image_files import find_images, readable
+from mnist_accel.images import read_digit
+from mnist_accel.models import SHIPPED, build_model, load_model, save_model
+from mnist_accel.output import write_table
+from mnist_accel.predict import BATCH_SIZE, default_model, predict_folder
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "predict_dir.py"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    network = build_model("mnist_net")
+    network.temperature = 1.7
+    save_model(network, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six digits in two folders, one file that is none, and a hidden one."""
+    folder = tmp_path / "images"
+    (folder / "b" / "deep").mkdir(parents=True)
+    for place, digit in zip(["4.png", "b/0.JPG", "b/deep/7.bmp", "b-1.gif", "2.webp", "5.tiff"], STROKES, strict=True):
+        Image.fromarray(paint(draw(digit, 80, 80))).save(folder / place)
+    (folder / "broken.png").write_text("no image")
+    (folder / ".hidden.png").write_bytes((folder / "4.png").read_bytes())
+    (folder / "notes.txt").write_text("no image either")
+    return folder
+
+
+PATHS = ["2.webp", "4.png", "5.tiff", "b-1.gif", "b/0.JPG", "b/deep/7.bmp", "broken.png"]
+
+
+def run(folder: Path, model: Path, output: Path, **options) -> list[dict]:
+    predict_folder(folder, model=str(model), output=str(output), **options)
+    with open(output, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def script(*arguments: object, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | (environment or {}), capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_one_row_per_image_sorted_by_path_with_the_networks_answer(folder, model, tmp_path):
+    rows = run(folder, model, tmp_path / "out.csv")
+    assert list(rows[0]) == ["path", "prediction", "confidence", "error"]
+    assert [row["path"] for row in rows] == PATHS
+    network = load_model(model)
+    for row in rows[:-1]:
+        image = torch.from_numpy(read_digit(folder / row["path"]))[None, None].float() / 255
+        with torch.inference_mode():
+            probabilities = (network(image) / 1.7).softmax(1)[0]
+        assert int(row["prediction"]) == int(probabilities.argmax())
+        assert float(row["confidence"]) == pytest.approx(float(probabilities.max()), abs=1e-4)
+        assert row["error"] == ""
+    assert rows[-1]["prediction"] == rows[-1]["confidence"] == "" and "not an image" in rows[-1]["error"]
+
+
+def test_the_three_formats_say_the_same(folder, model, tmp_path):
+    rows = run(folder, model, tmp_path / "out.csv", probabilities=True)
+    predict_folder(folder, model=str(model), output=str(tmp_path / "out.jsonl"), probabilities=True)
+    predict_folder(folder, model=str(model), output=str(tmp_path / "out.parquet"), probabilities=True)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines == parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [{k: "" if v is None else str(v) for k, v in line.items()} for line in lines] == rows
+    assert list(rows[0])[4:] == [f"p{k}" for k in range(10)]
+    assert sum(lines[0][f"p{k}"] for k in range(10)) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_blank_image_is_as_likely_any_digit(model, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (50, 50), 255).save(tmp_path / "images" / "blank.png")
+    [row] = run(tmp_path / "images", model, tmp_path / "out.csv")
+    assert row["confidence"] == "0.1" and row["prediction"] != "" and row["error"] == ""
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """More images than two batches hold, all different, one unreadable in the middle."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(2 * BATCH_SIZE + 20):
+        Image.fromarray(random.integers(0, 256, (28, 28), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "150.png").write_bytes(b"")
+    return folder
+
+
+def test_threads_do_not_change_a_byte(many, model, tmp_path):
+    for workers in (1, 3):
+        run(many, model, tmp_path / f"{workers}.csv", workers=workers, as_is=True, probabilities=True)
+    assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "3.csv").read_bytes()
+
+
+def test_two_processes_write_the_same_file_byte_for_byte(many, model, tmp_path):
+    run(many, model, tmp_path / "one.csv", as_is=True, probabilities=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    arguments = [many, "--model", model, "--as-is", "--probabilities", "--output", tmp_path / "two.csv"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *map(str, arguments)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    assert "images/s" in outputs[0] and "images/s" not in outputs[1]
+
+
+def test_only_a_few_batches_are_read_ahead(many, model, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        predict_module, "_read", lambda path, *_: (read.append(path), (np.zeros((28, 28), np.uint8), None))[1]
+    )
+    batches = predict_module.predict(load_model(model), many, [b"x.png"] * 100 * BATCH_SIZE, workers=2)
+    next(batches)
+    assert len(read) < 10 * BATCH_SIZE
+    batches.close()
+
+
+def test_labels_from_names_and_folders(folder, model, tmp_path, capsys):
+    run(folder, model, tmp_path / "out.csv", labels="name")
+    text = capsys.readouterr().out
+    assert "/5 (" in text and "2 without a label" in text and "Confusion matrix" in text
+    (folder / "b" / "deep").rename(folder / "7")
+    run(folder, model, tmp_path / "out.csv", labels="folder")
+    assert "/1 (" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of 1 images"):
+        run(folder / "b", model, tmp_path / "out.csv", labels="folder")
+
+
+def test_the_sheet_shows_the_images_and_is_not_predicted_itself(folder, model, tmp_path):
+    for _ in range(2):
+        rows = run(folder, model, tmp_path / "out.csv", sheet=folder / "sheet.png", labels="name")
+        assert [row["path"] for row in rows] == PATHS
+    with Image.open(folder / "sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(pixels, axis=0)) > 50, "it shows more than paper and text"
+
+
+def test_the_summary_counts(folder, model, tmp_path, capsys):
+    assert predict_folder(folder, model=str(model), output=str(tmp_path / "out.csv")) == 1
+    text = capsys.readouterr().out
+    assert str(model) in text and "6 images read" in text and "1 could not be read" in text
+
+
+def test_the_default_model_is_the_newest_run_that_is_not_on_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_model() == SHIPPED
+    for age, (name, dataset) in enumerate([("c", "digits"), ("a", "ylecun/mnist"), ("b", "ylecun/mnist")]):
+        save_model(build_model("mnist_net"), Path("runs") / name / "best")
+        (Path("runs") / name / "config.yaml").write_text(f"dataset: {dataset}\n")
+        os.utime(Path("runs") / name / "best" / "model.safetensors", (1e9 - age, 1e9 - age))
+    assert default_model() == Path("runs/a/best")
+
+
+def test_a_run_that_fails_leaves_the_old_file_and_nothing_else(folder, model, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "p.csv").write_text("old")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mnist_accel.output._write_csv", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        run(folder, model, tmp_path / "out" / "p.csv")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["p.csv"]
+    assert (tmp_path / "out" / "p.csv").read_text() == "old"
+
+    def interrupted():
+        yield ["a", 1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_table(interrupted(), str(tmp_path / "out" / "p.jsonl"), {"path": str, "n": int})
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["p.csv"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"output": "p.txt"}, ".csv, .jsonl or .parquet"),
+    ({"output": "nowhere/p.csv"}, "cannot write"),
+    ({"output": "images.csv"}, "is a folder"),
+    ({"sheet": Path("sheet.txt")}, "end in .png"),
+    ({"model": "nowhere"}, "no model folder"),
+])  # fmt: skip
+def test_mistakes_are_found_before_any_image_is_read(options, message, folder, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("images.csv").mkdir()
+    monkeypatch.setattr(predict_module, "_read", lambda *_: pytest.fail("an image was read"))
+    with pytest.raises(UserError, match=message):
+        predict_folder(folder, **{"model": str(model), "output": "p.csv"} | options)
+
+
+def test_the_script_ends_with_the_promised_status(folder, model, tmp_path):
+    nothing = script(tmp_path / "nowhere", cwd=tmp_path)
+    assert nothing.returncode == 2 and nothing.stderr.startswith("error: no folder") and nothing.stderr.count("\n") == 1
+    strict = script(folder, "--model", model, "--strict", "--output", "-", cwd=tmp_path)
+    assert strict.returncode == 1
+    assert [row["path"] for row in csv.DictReader(strict.stdout.splitlines())] == PATHS
+    assert "images read" in strict.stderr and not (tmp_path / "predictions.csv").exists()
+
+
+def test_help_does_not_import_torch(tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = ["predict_dir.py", "--help"]
+try:
+    runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.endswith("False\n") and "--labels" in result.stdout
+
+
+def test_pipes_loops_and_hidden_files_are_left_out(folder):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "loop.png").symlink_to(folder, target_is_directory=True)
+    (folder / "linked.png").symlink_to(folder / "4.png")
+    (folder / "dangling.png").symlink_to(folder / "gone.png")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "x.png").touch()
+    assert [readable(path) for path in find_images(folder)] == sorted([*PATHS, "linked.png", "dangling.png"])
+
+
+def test_an_unreadable_folder_is_named_and_passed_over(folder, monkeypatch, capsys):
+    scan = os.scandir
+
+    def forbidden(path):
+        if path.endswith(b"deep/"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    assert len(find_images(folder)) == len(PATHS) - 1
+    assert "b/deep/: Permission denied" in capsys.readouterr().err
+
+
+def test_strange_names_survive_every_format(model, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    names = [b'a,"b".png', b"a\nb.png", b"a\rb.png", "ä 数.png".encode(), b"\xff\xfe.png", b"=1+1.png"]
+    for name in names:
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            Image.fromarray(paint(draw(4, 60, 60))).save(file, format="PNG")
+    expected = sorted(name.decode("utf-8", "backslashreplace") for name in names)
+    rows = run(folder, model, tmp_path / "out.csv")
+    assert [row["path"] for row in rows] == expected and all(row["prediction"] for row in rows)
+    predict_folder(folder, model=str(model), output=str(tmp_path / "out.parquet"))
+    assert parquet.read_table(tmp_path / "out.parquet")["path"].to_pylist() == expected
+
+
+def test_a_folder_without_images_is_the_users_mistake(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="no images in"):
+        find_images(tmp_path)
