@@ -32,16 +32,15 @@ class Case:
     """A command to measure.
 
     Attributes:
-        part, name: where it stands in the table.
+        name: of its rows in the table.
         command: the program and its options.
-        units: which of its numbers to keep: `TIME` is its wall time from start to end, the others are what it prints as
+        units: which of its numbers to keep. `TIME` is its wall time from start to end, the others are what it prints as
             JSON in its last line, or, of train.py, what its metrics.jsonl says.
         rounds: how often it is run.
         seeded: whether each run gets a `--seed` of its own.
         environment: more variables for it.
     """
 
-    part: str
     name: str
     command: Sequence[Any]
     units: Sequence[str]
@@ -83,18 +82,17 @@ class Benchmark:
         """
         measurements = []
         with tempfile.TemporaryDirectory() as folder:
-            machine, _ = self._execute([sys.executable, *LOOPS, "machine"], Path(folder))
+            machine = self._measure([sys.executable, *LOOPS, "machine"], Path(folder))
             for part in self.parts:
                 cases = list(getattr(self, f"_{part}")(machine, Path(folder)))
                 values: dict[tuple[str, str], list[float]] = {}
                 for turn in range(max((case.rounds for case in cases), default=0)):
                     for case in (case for case in cases if turn < case.rounds):
                         command = [*case.command, *(["--seed", turn] if case.seeded else [])]
-                        numbers, seconds = self._execute(command, Path(folder), case.environment)
-                        numbers[TIME] = seconds
+                        numbers = self._measure(command, Path(folder), case.environment)
                         for unit in case.units:
                             values.setdefault((case.name, unit), []).append(numbers[unit])
-                        say(f"{part}: {case.name}: " + ", ".join(_text(numbers[unit], unit) for unit in case.units))
+                        say(f"{part}: {case.name}: " + ", ".join(as_text(numbers[unit], unit) for unit in case.units))
                 measurements += [
                     {"part": part, "name": name, "unit": unit, "median": statistics.median(found), "values": found}
                     for (name, unit), found in values.items()
@@ -108,234 +106,216 @@ class Benchmark:
     def _training(self, machine: dict[str, Any], _: Path) -> Iterator[Case]:
         common = ["--dataset", self.dataset, "--steps", self.steps]
         for precision in self.precisions:
-            launch = self._launch(precision)
-
-            def case(name: str, command: Sequence[Any], precision: str = precision) -> Case:
-                return Case("training", f"{name}, {precision}", command, (SPEED,), self.rounds)
-
-            yield case("this project", [*launch, *self._train("--max-steps", self.steps)])
+            launch = _launch(precision)
             raw = [sys.executable, *LOOPS, "raw", *common, *(["--bf16"] if precision == "bf16" else [])]
-            yield case("raw PyTorch", raw)
+            commands = {"this project": [*launch, *self._train("--max-steps", self.steps)], "raw PyTorch": raw}
             for workers in (0, 2):
                 loop = [*LOOPS, "examples", *common, "--workers", workers]
-                yield case(f"examples, {workers} workers, default launch", [*launch, *loop])
+                commands[f"examples, {workers} workers, default launch"] = [*launch, *loop]
                 if machine["threads"] > 1:
                     threads = ["--num_cpu_threads_per_process", machine["threads"]]
-                    yield case(f"examples, {workers} workers, all cores", [*launch, *threads, *loop])
+                    commands[f"examples, {workers} workers, all cores"] = [*launch, *threads, *loop]
+            for name, command in commands.items():
+                yield Case(f"{name}, {precision}", command, [SPEED], self.rounds)
 
     def _kernels(self, _machine: dict[str, Any], _: Path) -> Iterator[Case]:
-        units = [f"FLOP/s, {precision}" for precision in self.precisions]
-        yield Case("kernels", "matrix product", [sys.executable, *LOOPS, "machine"], units, self.rounds)
+        for precision in self.precisions:
+            command = [sys.executable, *LOOPS, "machine"]
+            yield Case(f"matrix product, {precision}", command, [f"FLOP/s, {precision}"], self.rounds)
 
     def _accuracy(self, machine: dict[str, Any], _: Path) -> Iterator[Case]:
         bf16_is_faster = machine["FLOP/s, bf16"] > 1.2 * machine["FLOP/s, fp32"]
-        fast = [*self._launch("bf16" if bf16_is_faster else "fp32"), *self._train("--recipe", "fast")]
-        yield Case("accuracy", "recipe fast", fast, (TIME, ACCURACY, "s training"), self.seeds, seeded=True)
+        fast = [*_launch("bf16" if bf16_is_faster else "fp32"), *self._train("--recipe", "fast")]
+        yield Case("recipe fast", fast, [TIME, ACCURACY, "s training"], self.seeds, seeded=True)
         example = [sys.executable, *LOOPS, "pytorch", "--dataset", self.dataset, "--target", TARGET]
-        yield Case("accuracy", "PyTorch's example", example, (TIME, ACCURACY), min(3, self.seeds), seeded=True)
+        yield Case("PyTorch's example", example, [TIME, ACCURACY], min(3, self.seeds), seeded=True)
 
     def _prediction(self, _machine: dict[str, Any], folder: Path) -> Iterator[Case]:
         images, weights = folder / "images", folder / "weights"
         both = ["--folder", images, "--model", weights]
-        self._execute([sys.executable, *LOOPS, "make_images", "--dataset", self.dataset, "--steps", self.images, *both])
+        self._measure([sys.executable, *LOOPS, "make_images", "--dataset", self.dataset, "--steps", self.images, *both])
         ours = [self.scripts / "predict_dir.py", images, "--model", weights, "--output", folder / "predictions.csv"]
-        yield Case("prediction", "predict_dir.py", [sys.executable, *ours], (TIME,), self.rounds)
-        yield Case("prediction", "one by one", [sys.executable, *LOOPS, "predict", *both], (TIME,), self.rounds)
+        yield Case("predict_dir.py", [sys.executable, *ours], [TIME], self.rounds)
+        yield Case("one by one", [sys.executable, *LOOPS, "predict", *both], [TIME], self.rounds)
 
     def _scaling(self, machine: dict[str, Any], _: Path) -> Iterator[Case]:
         on_cpu = machine["device"] == "cpu"
         if (machine["threads"] if on_cpu else machine["devices"]) < 2:
             return
-        # Each process gets one device, on a CPU one core. Without the variable, processes on a CPU would each train alone.
+        # A device each, on a CPU one core each. Without the variable, processes on a CPU would train each alone.
         environment = {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
-        for processes in (1, 2):
-            launch = [*self._launch("fp32", processes), "--num_cpu_threads_per_process", 1]
-            command = [*launch, *self._train("--max-steps", self.steps)]
-            name = f"{processes} process{'es' if processes > 1 else ''}"
-            yield Case("scaling", name, command, (SPEED,), self.rounds, environment=environment)
+        for name, launch in (("1 process", _launch("fp32")), ("2 processes", _launch("fp32", processes=2))):
+            command = [*launch, "--num_cpu_threads_per_process", 1, *self._train("--max-steps", self.steps)]
+            yield Case(name, command, [SPEED], self.rounds, environment=environment)
 
     def _startup(self, _machine: dict[str, Any], _: Path) -> Iterator[Case]:
-        imports = [sys.executable, "-c", "import torch, accelerate"]
-        for name, command in (
-            ("import torch, accelerate", imports),
-            ("train.py --help", [sys.executable, self.scripts / "train.py", "--help"]),
-            ("train.py --max-steps 1", [sys.executable, *self._train("--max-steps", 1)]),
-        ):
-            yield Case("startup", name, command, (TIME,), self.rounds)
+        commands: dict[str, list[Any]] = {
+            "import torch, accelerate": ["-c", "import torch, accelerate"],
+            "train.py --help": [self.scripts / "train.py", "--help"],
+            "train.py --max-steps 1": self._train("--max-steps", 1),
+        }
+        for name, command in commands.items():
+            yield Case(name, [sys.executable, *command], [TIME], self.rounds)
 
     # Processes
-
-    def _launch(self, precision: str, processes: int = 1) -> list[Any]:
-        """`accelerate launch` with everything that the user's own configuration could change."""
-        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", 1]
-        launch += ["--num_processes", processes, "--mixed_precision", "bf16" if precision == "bf16" else "no"]
-        launch += ["--dynamo_backend", "no"]
-        return [*launch, "--multi_gpu", "--main_process_port", _free_port()] if processes > 1 else launch
 
     def _train(self, *options: Any) -> list[Any]:
         return [self.scripts / "train.py", "--dataset", self.dataset, "--report-to", "none", *options]
 
-    def _execute(
+    def _measure(
         self, command: Sequence[Any], folder: Path | None = None, environment: dict[str, str] | None = None
-    ) -> tuple[dict[str, Any], float]:
-        """Run a command to its end; returns its numbers and its wall time in seconds.
-
-        Raises:
-            UserError: it failed or took too long.
-        """
+    ) -> dict[str, Any]:
+        """The numbers of a command; a training among them leaves its run in `folder`."""
         words = [str(word) for word in command]
-        run = Path(tempfile.mkdtemp(dir=folder)) if str(self.scripts / "train.py") in words else None
-        if run and "--help" not in words:
+        trains = str(self.scripts / "train.py") in words and "--help" not in words
+        run = Path(tempfile.mkdtemp(dir=folder)) / "run"
+        if trains:
             words += ["--output-dir", str(run)]
-        began = time.perf_counter()
-        # A session of its own, so that a launcher's children are killed with it.
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, **(environment or {})},
-        )  # fmt: skip
-        try:
-            output, errors = process.communicate(timeout=self.time_limit)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise UserError(f"{' '.join(words)} took more than {self.time_limit:g} s") from error
-            raise
-        seconds = time.perf_counter() - began
-        if process.returncode:
-            reason = (errors.strip() or output.strip() or "no output").splitlines()[-1]
-            raise UserError(f"{' '.join(words)} failed with status {process.returncode}: {reason}")
-        if run and (run / "metrics.jsonl").exists():
+        output, seconds = run_process(words, self.time_limit, environment)
+        if trains:
             *epochs, final = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            training = sum(epoch["train_seconds"] for epoch in epochs)
-            return {SPEED: epochs[-1]["images_per_second"], "s training": training} | {
-                ACCURACY: final["test_accuracy"]
-            }, seconds
-        last = output.strip().splitlines()[-1:]
-        return (json.loads(last[0]) if last and last[0].startswith("{") else {}), seconds
+            numbers = {SPEED: epochs[-1]["images_per_second"], ACCURACY: final["test_accuracy"]}
+            numbers["s training"] = sum(epoch["train_seconds"] for epoch in epochs)
+        else:
+            last = output.strip().splitlines()[-1:]
+            numbers = json.loads(last[0]) if last and last[0].startswith("{") else {}
+        return {**numbers, TIME: seconds}
+
+
+def run_process(
+    words: Sequence[str], time_limit: float, environment: dict[str, str] | None = None
+) -> tuple[str, float]:
+    """Run a command to its end; returns its standard output and its wall time in seconds.
+
+    Raises:
+        UserError: it failed or took longer than `time_limit` seconds; nothing of it runs on.
+    """
+    began = time.perf_counter()
+    # A session of its own, so that a launcher's children are killed with it.
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(timeout=time_limit)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise UserError(f"{' '.join(words)} took more than {time_limit:g} s") from error
+        raise
+    if process.returncode:
+        reason = (errors.strip() or output.strip() or "no output").splitlines()[-1]
+        raise UserError(f"{' '.join(words)} failed with status {process.returncode}: {reason}")
+    return output, time.perf_counter() - began
+
+
+def _launch(precision: str, processes: int = 1) -> list[Any]:
+    """`accelerate launch`, with everything given that the user's own configuration could change."""
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", 1]
+    launch += ["--num_processes", processes, "--mixed_precision", "bf16" if precision == "bf16" else "no"]
+    launch += ["--dynamo_backend", "no"]
+    return [*launch, "--multi_gpu", "--main_process_port", _free_port()] if processes > 1 else launch
 
 
 def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the medians say: `name` and `value` of each ratio whose parts were measured; above 1 is in our favour.
+    """What the medians say: `name` and `value` of each ratio whose parts were both measured.
 
-    Times to the target accuracy are compared only if both reached it on average.
+    Times to the target are means, and compared only if the mean accuracies reached it.
     """
-    medians = {(row["part"], row["name"], row["unit"]): row["median"] for row in measurements}
-    means = {(row["part"], row["name"], row["unit"]): statistics.fmean(row["values"]) for row in measurements}
-    ratios: list[dict[str, Any]] = []
-
-    def add(name: str, numerator: float | None, denominator: float | None) -> None:
-        if numerator is not None and denominator is not None:
-            ratios.append({"name": name, "value": numerator / denominator})
-
+    median = {(row["part"], row["name"], row["unit"]): row["median"] for row in measurements}
+    mean = {(row["part"], row["name"], row["unit"]): statistics.fmean(row["values"]) for row in measurements}
+    pairs: list[tuple[str, float | None, float | None]] = []
     for precision in PRECISIONS:
-        speeds = {name: median for (part, name, _), median in medians.items() if part == "training"}
-        ours = speeds.get(f"this project, {precision}")
-        examples = {name: s for name, s in speeds.items() if name.startswith("examples") and name.endswith(precision)}
+        speeds = {name: value for (part, name, _), value in median.items() if part == "training" and precision in name}
+        ours, examples = speeds.get(f"this project, {precision}"), "speed over the examples' loop"
         for workers in (0, 2):
-            default = examples.get(f"examples, {workers} workers, default launch, {precision}")
-            add(
-                f"training, {precision}: speed over the examples' loop, {workers} workers, default launch",
-                ours,
-                default,
-            )
-        add(
-            f"training, {precision}: speed over the examples' loop, its best variant",
-            ours,
-            max(examples.values(), default=None),
-        )
-        add(f"training, {precision}: speed over raw PyTorch", ours, speeds.get(f"raw PyTorch, {precision}"))
-        rate = medians.get(("kernels", "matrix product", f"FLOP/s, {precision}"))
-        achieved = ours * machine["operations_per_image"] if ours else None
-        add(f"training, {precision}: fraction of the matrix-product rate", achieved, rate)
-    fast, example = "recipe fast", "PyTorch's example"
-    if all(means.get(("accuracy", name, ACCURACY), 0.0) >= TARGET for name in (fast, example)):
-        seconds = [means.get(("accuracy", name, TIME)) for name in (example, fast)]
-        add(f"time from command to {TARGET:.0%}: PyTorch's example over recipe fast", *seconds)
-
-    def add_times(name: str, part: str, slow: str, quick: str, unit: str = TIME) -> None:
-        add(name, medians.get((part, slow, unit)), medians.get((part, quick, unit)))
-
-    add_times("prediction: time of one by one over predict_dir.py", "prediction", "one by one", "predict_dir.py")
-    add_times("scaling: speed of 2 processes over 1", "scaling", "2 processes", "1 process", SPEED)
-    imports = "import torch, accelerate"
-    add_times("start: time of train.py --help over the imports", "startup", "train.py --help", imports)
-    add_times("start: time of one training step over the imports", "startup", "train.py --max-steps 1", imports)
-    return ratios
+            default = speeds.get(f"examples, {workers} workers, default launch, {precision}")
+            pairs.append((f"training, {precision}: {examples}, {workers} workers, default launch", ours, default))
+        best = max((speed for name, speed in speeds.items() if name.startswith("examples")), default=None)
+        pairs.append((f"training, {precision}: {examples}, its best variant", ours, best))
+        raw = speeds.get(f"raw PyTorch, {precision}")
+        pairs.append((f"training, {precision}: speed over raw PyTorch", ours, raw))
+        rate = median.get(("kernels", f"matrix product, {precision}", f"FLOP/s, {precision}"))
+        achieved = ours and ours * machine["operations_per_image"]
+        pairs.append((f"training, {precision}: fraction of the matrix-product rate", achieved, rate))
+    example, fast = (("accuracy", name) for name in ("PyTorch's example", "recipe fast"))
+    if min(mean.get((*run, ACCURACY), 0.0) for run in (example, fast)) >= TARGET:
+        name = f"command to {TARGET:.0%} on test images: time of PyTorch's example over recipe fast"
+        pairs.append((name, mean.get((*example, TIME)), mean.get((*fast, TIME))))
+    for name, part, unit, above, below in (
+        ("prediction: time of one by one over predict_dir.py", "prediction", TIME, "one by one", "predict_dir.py"),
+        ("scaling: speed of 2 processes over 1", "scaling", SPEED, "2 processes", "1 process"),
+        ("start: --help over the imports", "startup", TIME, "train.py --help", "import torch, accelerate"),
+        ("start: one step over the imports", "startup", TIME, "train.py --max-steps 1", "import torch, accelerate"),
+    ):
+        pairs.append((name, median.get((part, above, unit)), median.get((part, below, unit))))
+    return [{"name": name, "value": above / below} for name, above, below in pairs if above and below]
 
 
 def as_table(results: dict[str, Any]) -> str:
     """The results as text for a terminal: the machine, every measurement's median, lowest and highest, the ratios."""
     machine = results["machine"]
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, device {machine['device']}; Python {machine['python']}, "
-        f"torch {machine['torch']}, accelerate {machine['accelerate']}, {machine['system']}",
-        "",
-        f"{'part':10}  {'what':50}  {'median':>10}  {'lowest':>10}  {'highest':>10}  unit",
+        f"{machine['processor']}, {machine['threads']} threads, device {machine['device']}; {machine['system']}, "
+        f"Python {machine['python']}, torch {machine['torch']}, accelerate {machine['accelerate']}",
+        f"\n{'part':10}  {'what':42}  {'median':>16}  {'lowest':>16}  {'highest':>16}",
     ]
     for row in results["measurements"]:
-        numbers = "  ".join(
-            f"{_number(value, row['unit']):>10}" for value in (row["median"], min(row["values"]), max(row["values"]))
-        )
-        lines.append(f"{row['part']:10}  {row['name']:50}  {numbers}  {_unit(row['unit'])}")
-    lines += ["", *(f"{row['value']:8.2f}  {row['name']}" for row in results["ratios"])]
-    return "\n".join(lines)
+        numbers = (row["median"], min(row["values"]), max(row["values"]))
+        cells = "  ".join(f"{as_text(value, row['unit']):>16}" for value in numbers)
+        lines.append(f"{row['part']:10}  {row['name']:42}  {cells}")
+    return "\n".join([*lines, "", *(f"{row['value']:8.2f}  {row['name']}" for row in results["ratios"])])
 
 
-def _number(value: float, unit: str) -> str:
+def as_text(value: float, unit: str) -> str:
+    """A measured number with its unit."""
     if unit == ACCURACY:
         return f"{value:.2%}"
     if unit.startswith("FLOP/s"):
-        return f"{value / 1e9:,.0f}"
-    return f"{value:,.0f}" if unit == SPEED else f"{value:.2f}"
-
-
-def _unit(unit: str) -> str:
-    return f"G{unit}" if unit.startswith("FLOP/s") else unit
-
-
-def _text(value: float, unit: str) -> str:
-    return f"{_number(value, unit)} {_unit(unit)}"
+        return f"{value / 1e9:,.0f} GFLOP/s"
+    return f"{value:,.0f} {unit}" if unit == SPEED else f"{value:.2f} {unit}"
 
 
 def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
-    """Draw the training speeds, by precision, and the times to the target accuracy, as far as they were measured.
+    """Draw training speeds, by precision, and times to the target accuracy, as far as they were measured.
+
+    Bars are medians, lines the range from lowest to highest.
 
     Raises:
-        UserError: `path` cannot be written, or neither was measured.
+        UserError: `path` cannot be written.
     """
     from mnist_accel.figures import BLUE, GREY, VERMILION, _figure, _render
 
     panels = []
-    for precision in PRECISIONS:
-        rows = [row for row in results["measurements"] if row["part"] == "training" and row["name"].endswith(precision)]
-        panels.append((f"Training, {precision}: images a second", rows, SPEED))
-    rows = [row for row in results["measurements"] if row["part"] == "accuracy" and row["unit"] == TIME]
-    panels.append((f"Seconds from command to {TARGET:.0%} on test images", rows, TIME))
-    panels = [panel for panel in panels if panel[1]]
-    if not panels:
-        raise UserError("--figure shows training and accuracy: measure at least one of these --parts")
-    heights = [len(rows) + 1.2 for _, rows, _ in panels]
-    with _figure(8.4, 0.32 * sum(heights) + 0.6) as figure:
+    for unit, title, part, ending in (
+        *((SPEED, f"Training, {precision}: images a second", "training", precision) for precision in PRECISIONS),
+        (TIME, f"Seconds from command to {TARGET:.0%} on test images", "accuracy", ""),
+    ):
+        rows = [row for row in results["measurements"] if (row["part"], row["unit"]) == (part, unit)]
+        rows = [row for row in rows if row["name"].endswith(ending)]
+        if rows:
+            panels.append((title, rows, f", {ending}", unit))
+    assert panels, "neither training nor accuracy was measured"
+    heights = [len(rows) + 1.2 for _, rows, _, _ in panels]
+    with _figure(8.4, 0.3 * sum(heights) + 0.6) as figure:
         all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (title, rows, unit) in zip(all_axes, panels, strict=True):
-            ours = [row["name"].startswith(("this project", "recipe")) for row in rows]
-            raw = [row["name"].startswith("raw") for row in rows]
-            colours = [BLUE if own else GREY if plain else VERMILION for own, plain in zip(ours, raw, strict=True)]
-            names = [row["name"].removesuffix(", fp32").removesuffix(", bf16") for row in rows]
-            bars = axes.barh(names, [row["median"] for row in rows], color=colours, height=0.7)
-            axes.bar_label(bars, [_number(row["median"], unit) for row in rows], padding=4)
-            low = [row["median"] - min(row["values"]) for row in rows]
-            high = [max(row["values"]) - row["median"] for row in rows]
-            axes.errorbar([row["median"] for row in rows], names, xerr=[low, high], fmt="none", ecolor="black", lw=1)
+        for axes, (title, rows, ending, unit) in zip(all_axes, panels, strict=True):
+            names, medians = [row["name"].removesuffix(ending) for row in rows], [row["median"] for row in rows]
+            colour = {"this project": BLUE, "recipe fast": BLUE, "raw PyTorch": GREY}
+            axes.barh(names, medians, color=[colour.get(name, VERMILION) for name in names], height=0.7)
+            ranges = [(min(row["values"]), max(row["values"])) for row in rows]
+            axes.hlines(names, *zip(*ranges, strict=True), color="black", linewidth=1)
+            for name, value, (_, highest) in zip(names, medians, ranges, strict=True):
+                text = as_text(value, unit).removesuffix(f" {unit}")
+                axes.annotate(text, (highest, name), xytext=(4, 0), textcoords="offset points", va="center")
+            axes.set(title=title, xlim=(0, 1.12 * max(highest for _, highest in ranges)))
             axes.invert_yaxis()
-            axes.margins(x=0.12)
-            axes.set(title=title)
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
         machine = results["machine"]
-        name = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-        figure.supxlabel(f"{name}, {machine['threads']} threads, torch {machine['torch']}", size=9, color=GREY)
+        device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+        figure.supxlabel(f"{device}, {machine['threads']} threads, torch {machine['torch']}", size=9, color=GREY)
         _render(figure, path)
 
 

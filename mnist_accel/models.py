@@ -90,9 +90,33 @@ class ResidualNet(DigitClassifier):
         return self.linear(self.dropout(x))
 
 
+class FastNet(DigitClassifier):
+    """Little arithmetic for its accuracy: 32,506 parameters at 10 classes, less than half of the work of `MnistNet`.
+
+    The first convolution has stride 2, so that nothing is ever computed on all 28x28 places: that is where a CPU spends
+    its time on memory rather than on arithmetic. conv 5x5 stride 2 1->24, ReLU; conv 3x3 24->32, max-pool 2, ReLU;
+    conv 3x3 32->32, ReLU; linear 1568->10.
+    """
+
+    def __init__(self, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 24, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(24, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(32 * 7 * 7, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.conv1(self.normalise(images)))
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(self.conv3(x))
+        return self.linear(self.dropout(x.flatten(1)))
+
+
 # Name to a network of (classes, dropout). The names are repeated in config.py, which does without torch.
 MODELS: dict[str, Callable[[int, float], DigitClassifier]] = {
     "mnist_net": MnistNet,
+    "fast_net": FastNet,
     "compact_net": partial(ResidualNet, widths=(24, 48, 64)),  # 96,730 parameters at 10 classes
     "residual_net": partial(ResidualNet, widths=(32, 64, 128)),  # 278,474
 }

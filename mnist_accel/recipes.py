@@ -7,6 +7,15 @@ _ONE_CYCLE = {"optimizer": "adamw", "scheduler": "onecycle", "weight_decay": 0.0
 RECIPES: dict[str, dict[str, Any]] = {
     # The original workflow: Adam 0.001, batch 64, 10 epochs. These are the options' own defaults.
     "baseline": {},
+    # The fewest seconds to a mean test accuracy of 99%.
+    "fast": {
+        **_ONE_CYCLE,
+        "model": "fast_net",
+        "epochs": 3,
+        "batch_size": 256,
+        "learning_rate": 0.015,
+        "dropout": 0.0,
+    },
     # The highest accuracy on MNIST.
     "accurate": {
         **_ONE_CYCLE,

@@ -190,15 +190,14 @@ class RunFolder:
         Raises:
             UserError: the Hub refuses or is out of reach; the run is complete on disk all the same.
         """
-        import httpx
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HTTPError  # the client's, under whatever name its library has
 
         try:
             api = HfApi()
             address = api.create_repo(repository, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=self.path / "best", commit_message="Upload best weights")
-        except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             raise UserError(
                 f"best/ could not be uploaded to {repository} ({' '.join(str(error).split())[:200]}); the run is "
                 f"complete: log in with `hf auth login`, then `hf upload {repository} {self.path / 'best'}`"

@@ -287,9 +287,24 @@ def test_a_model_that_the_hub_does_not_have_is_told(hub):
     refused("test/nothing", "no folder test/nothing", "Hub")
 
 
-def test_a_hub_out_of_reach_is_told(hub):
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """The waits between repeated requests, in seconds; they are noted and not waited for."""
+    waited: list[float] = []
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
+    return waited
+
+
+def test_a_hub_out_of_reach_is_told(hub, pauses):
     hub.close()
     refused("test/digits", "no folder test/digits", "Hub")
+
+
+@pytest.mark.xfail(strict=True, reason="load_model leaves huggingface_hub to its five repetitions, 23 seconds in all")
+def test_a_hub_out_of_reach_is_told_soon(hub, pauses):
+    hub.close()
+    refused("test/digits", "Hub")
+    assert sum(pauses) < 10
 
 
 def test_a_repository_without_weights_is_told(hub):

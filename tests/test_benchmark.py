@@ -1,0 +1,105 @@
+"""The benchmark: what it starts, what it makes of the numbers, and that nothing runs on for ever."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mnist_accel.benchmark import compute_ratios, draw_benchmark, run_process
+from mnist_accel.cli import UserError
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
+
+
+def measurement(part: str, name: str, unit: str, *values: float) -> dict:
+    return {"part": part, "name": name, "unit": unit, "median": sorted(values)[len(values) // 2], "values": values}
+
+
+def accuracies(fast: float, example: float) -> list[dict]:
+    return [
+        measurement("accuracy", "recipe fast", "s", 2.0, 4.0),
+        measurement("accuracy", "recipe fast", "test accuracy", fast),
+        measurement("accuracy", "PyTorch's example", "s", 60.0),
+        measurement("accuracy", "PyTorch's example", "test accuracy", example),
+    ]
+
+
+def test_the_smallest_run_prints_its_ratios_and_writes_json_and_a_figure(small_dataset: Path, tmp_path: Path) -> None:
+    output, figure = tmp_path / "numbers.json", tmp_path / "figure.png"
+    command = [sys.executable, SCRIPT, "--dataset", small_dataset, "--output", output, "--figure", figure]
+    command += ["--parts", "training,prediction,startup", "--precisions", "fp32", "--time-limit", 60]
+    command += ["--rounds", 1, "--steps", 2, "--images", 5]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    measured = {row["name"]: row["median"] for row in results["measurements"]}
+    assert {"this project, fp32", "raw PyTorch, fp32", "one by one", "train.py --help"} < measured.keys()
+    assert all(value > 0 for value in measured.values())
+    ratios = {row["name"]: row["value"] for row in results["ratios"]}
+    raw = measured["this project, fp32"] / measured["raw PyTorch, fp32"]
+    assert ratios["training, fp32: speed over raw PyTorch"] == pytest.approx(raw)
+    assert all(name in done.stdout for name in [*measured, *ratios, results["machine"]["torch"]])
+    assert min(Image.open(figure).size) > 300
+
+
+def test_the_fraction_of_the_matrix_product_rate_counts_the_arithmetic_of_an_image() -> None:
+    rows = [measurement("training", "this project, bf16", "images/s", 100.0)]
+    rows += [measurement("kernels", "matrix product, bf16", "FLOP/s, bf16", 4e9)]
+    ratios = compute_ratios(rows, {"operations_per_image": 20e6})
+    assert ratios == [{"name": "training, bf16: fraction of the matrix-product rate", "value": 0.5}]
+
+
+def test_times_to_the_target_are_compared_by_their_means() -> None:
+    (ratio,) = compute_ratios(accuracies(0.991, 0.99), {})
+    assert ratio["value"] == pytest.approx(60 / 3)
+
+
+@pytest.mark.parametrize("pair", [(0.989, 0.991), (0.991, 0.989)])
+def test_times_are_not_compared_where_one_missed_the_target(pair: tuple[float, float]) -> None:
+    assert compute_ratios(accuracies(*pair), {}) == []
+
+
+def test_the_best_variant_of_the_examples_is_the_fastest() -> None:
+    speeds = {"this project": 90.0, "examples, 0 workers, default launch": 10.0, "examples, 2 workers, all cores": 30.0}
+    rows = [measurement("training", f"{name}, fp32", "images/s", speed) for name, speed in speeds.items()]
+    ratios = {row["name"]: row["value"] for row in compute_ratios(rows, {"operations_per_image": 1.0})}
+    assert ratios["training, fp32: speed over the examples' loop, its best variant"] == 3.0
+
+
+def test_a_figure_of_accuracy_alone_can_be_drawn(tmp_path: Path) -> None:
+    machine = {"processor": "a processor", "threads": 2, "device": "cpu", "torch": "2"}
+    draw_benchmark({"measurements": accuracies(0.99, 0.99), "machine": machine}, tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").getextrema() != ((255, 255),) * 3
+
+
+def test_a_process_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    child = f"import time; time.sleep(1.5); open({str(late)!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with pytest.raises(UserError, match=r"took more than 0\.5 s"):
+        run_process([sys.executable, "-c", parent], time_limit=0.5)
+    with pytest.raises(UserError, match="took more than 2 s"):
+        run_process([sys.executable, "-c", "import time; time.sleep(60)"], time_limit=2)
+    assert not late.exists()
+
+
+def test_a_process_that_fails_is_told_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"status 3: no such thing$"):
+        run_process([sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"], 30)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parts", "training,speed"], "'speed' is unknown"),
+        (["--rounds", "0"], "give at least 1"),
+        (["--parts", "startup", "--figure", "f.png"], "measure at least one"),
+    ],
+)
+def test_a_mistaken_option_is_one_line_and_status_2(options: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1

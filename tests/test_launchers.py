@@ -1,0 +1,279 @@
+"""The ways to start a training, with the launchers that users start it with."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from launching import free_port
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# Dropout draws on each process for its own images; without it every way of starting computes the same.
+OPTIONS = ["--batch-size", "16", "--max-steps", "6", "--dropout", "0", "--optimizer", "sgd", "--learning-rate", "0.05"]
+LIMIT = 150  # seconds; a launch takes less than ten on a machine that does nothing else
+CORES = min(psutil.cpu_count(logical=False) or 1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Accelerate sees every process")
+
+
+def surroundings(home: Path, **changes: str) -> dict[str, str]:
+    """The environment of a user's shell: nothing that a test or a launcher around it has set."""
+    launchers_own = ("ACCELERATE_", "OMP_", "MKL_", "TORCHELASTIC_", "GLOO_", "FSDP_", "MASTER_", "COV_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(launchers_own)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_ENDPOINT"):
+        clean.pop(name, None)
+    return clean | {"HF_HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"} | changes
+
+
+class Launch:
+    """A launcher in a process group of its own, which is killed as a whole at the end."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], output: int | None = None) -> None:
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, start_new_session=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if output is None else output, stderr=subprocess.STDOUT if output is None else output,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        if self.process.stdout is not None:
+            self.lines.extend(iter(self.process.stdout.readline, ""))
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def family(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def wait_for(self, text: str, seconds: float = LIMIT) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.output:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output
+            time.sleep(0.05)
+
+    def wait(self, seconds: float = LIMIT) -> int:
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
+        finally:
+            self.kill()
+        self._reader.join(10)
+        return status
+
+    def kill(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+def launch(command: list[str], home: Path, **changes: str) -> tuple[int, str]:
+    job = Launch(command, surroundings(home, **changes))
+    return job.wait(), job.output
+
+
+def train_command(*options: str) -> list[str]:
+    return [str(ROOT / "scripts" / "train.py"), *OPTIONS, *options]
+
+
+def kinds_of_files(run: Path) -> set[str]:
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    return {re.sub(r"events\.out\.tfevents.*", "events", name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory) -> Iterator[dict[str, tuple[Path, str]]]:
+    """The same six steps on `digits`, started in each way that the README names: the run's folder and its output."""
+    base = tmp_path_factory.mktemp("launches")
+    two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    on_cpu = {"ACCELERATE_USE_CPU": "true"}
+    ways: dict[str, tuple[list[str], dict[str, str]]] = {
+        "python": ([sys.executable], {"OMP_NUM_THREADS": "1"}),
+        "accelerate": ([*ACCELERATE, "--config_file", "accelerate_config.yaml"], {}),
+        "accelerate, two processes": ([*ACCELERATE, "--config_file", "accelerate_config.yaml", *two], on_cpu),
+        "torchrun, two processes": (
+            [*TORCHRUN, "--nproc_per_node", "2", "--master_port", str(free_port())],
+            {**on_cpu, "OMP_NUM_THREADS": "1"},
+        ),
+    }
+    done = {}
+    for way, (launcher, changes) in ways.items():
+        folder = base / way
+        command = [*launcher, *train_command("--dataset", "digits", "--output-dir", str(folder))]
+        status, output = launch(command, base / "hf_home", **changes)
+        assert status == 0, f"{way}\n{output}"
+        done[way] = (folder, output)
+    yield done
+
+
+def test_every_way_to_start_leaves_the_same_kinds_of_files(starts):
+    expected = kinds_of_files(starts["python"][0])
+    assert {"config.yaml", "metrics.jsonl", "best/model.safetensors", "final/model.safetensors", "figures/curves.png"} <= expected
+    for way, (folder, _) in starts.items():
+        assert kinds_of_files(folder) == expected, way
+
+
+def test_every_way_to_start_trains_the_same_weights(starts):
+    weights = {way: load_file(folder / "final" / "model.safetensors") for way, (folder, _) in starts.items()}
+    for way, others in weights.items():
+        for name, tensor in weights["python"].items():
+            assert (tensor - others[name]).abs().max() < 1e-4, f"{way}: {name}"
+
+
+def test_every_way_to_start_reports_each_row_and_line_once(starts):
+    for way, (folder, output) in starts.items():
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in metrics] == [6, 6], way
+        assert output.count("Test set: Average loss: ") == output.count("Device: ") == 1, f"{way}\n{output}"
+        processes = "2 processes" if "two" in way else "1 process,"
+        assert processes in output, f"{way}\n{output}"
+
+
+def test_no_bar_is_drawn_where_the_output_is_no_terminal(starts):
+    for way, (_, output) in starts.items():
+        assert "\r" not in output and "it/s" not in output and "images/s]" not in output, way
+
+
+def threads(output: str) -> int:
+    return int(re.search(r"Device: cpu \((\d+) threads\)", output)[1])
+
+
+def test_all_cores_are_used_under_a_launcher_and_the_user_s_number_is_kept(starts):
+    assert threads(starts["accelerate"][1]) == CORES
+    assert threads(starts["accelerate, two processes"][1]) == max(1, CORES // 2)
+    assert threads(starts["torchrun, two processes"][1]) == 1
+    assert threads(starts["python"][1]) == 1
+
+
+# Prints what the training would print, without its seconds of setting up.
+THREADS = "from mnist_accel.distributed import build_accelerator, describe_device; print('Device:', describe_device(build_accelerator()))"
+
+
+@pytest.mark.parametrize(
+    "options, changes, expected",
+    [
+        (["--num_cpu_threads_per_process", "1"], {}, 1),
+        (["--num-cpu-threads-per-process=3"], {}, 3),
+        ([], {"OMP_NUM_THREADS": "1"}, 1),
+        ([], {"OMP_NUM_THREADS": "3"}, 3),
+    ],
+)
+def test_a_number_of_threads_that_the_user_chose_is_kept(tmp_path, options, changes, expected):
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
+    status, output = launch([*ACCELERATE, *config, *options, str(script)], tmp_path, PYTHONPATH=str(ROOT), **changes)
+    assert status == 0 and threads(output) == expected, output
+
+
+@needs_no_gpu
+def test_two_processes_that_do_not_see_each_other_are_refused(tmp_path):
+    command = [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    status, output = launch([*command, *train_command("--dataset", "digits", "--output-dir", str(tmp_path / "run"))], tmp_path)
+    assert status != 0
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "2 processes" in errors[0] and "ACCELERATE_USE_CPU=true" in errors[0], output
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_to_the_launcher_of_two_processes_saves_and_ends_all(tmp_path):
+    run = tmp_path / "run"
+    two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    endless = train_command("--dataset", "digits", "--output-dir", str(run), "--max-steps", "100000", "--epochs", "1000")
+    job = Launch([*ACCELERATE, *two, *endless, "--log-every", "5"], surroundings(tmp_path, ACCELERATE_USE_CPU="true"))
+    try:
+        job.wait_for("Step: 5")
+        family = job.family()
+        assert len(family) >= 2
+        job.process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs([*family, psutil.Process(job.process.pid)], timeout=40)
+        assert not alive, job.output
+    finally:
+        job.kill()
+    assert job.wait() != 0
+    stopped_at = int(re.search(r"Stopped by SIGTERM after step (\d+)", job.output)[1])
+    assert (run / "checkpoints" / f"step_{stopped_at:08d}" / "training_state.pt").is_file()
+
+
+def test_a_bar_with_loss_and_speed_is_drawn_on_a_terminal(tmp_path):
+    ours, theirs = pty.openpty()
+    command = train_command("--dataset", "digits", "--output-dir", str(tmp_path / "run"), "--log-every", "2")
+    job = Launch([sys.executable, *command, "--report-to", "none"], surroundings(tmp_path, OMP_NUM_THREADS="1"), theirs)
+    os.close(theirs)
+    seen = bytearray()
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:  # Linux tells so that the other side has closed the terminal
+        pass
+    finally:
+        status = job.wait()
+        os.close(ours)
+    text = seen.decode(errors="replace")
+    assert status == 0, text
+    assert re.search(r"\rEpoch 1/10: +\d+%\|.*\| \d+/\d{4} \[.* images/s", text), text
+    assert "Test set: Average loss: " in text
+
+
+# What is answered before torch is imported
+
+# Started before the script: any import of torch ends the process with a status of its own.
+NO_TORCH = """
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "accelerate", "datasets", "matplotlib"):
+            print("imported " + name); sys.stdout.flush(); import os; os._exit(77)
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_without_torch(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", NO_TORCH, str(script), *arguments],
+        capture_output=True, text=True, timeout=60, check=False, cwd=ROOT, env=surroundings(ROOT, PYTHONPATH=str(ROOT)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_answers_without_torch(script):
+    result = run_without_torch(script, "--help")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("usage: ") and "--help" in result.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_an_unknown_option_is_one_line_and_status_2_without_torch(script):
+    # `--no_such_option=7` is a whole option in itself, so that no script can take the 7 for an argument.
+    needed = [str(ROOT)] if script.name == "predict_dir.py" else []
+    result = run_without_torch(script, *needed, "--no_such_option=7")
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "--no-such-option" in line
+
+
+def test_there_are_scripts_to_ask():
+    assert {"train.py", "predict_dir.py", "evaluate.py", "export.py", "show_samples.py"} <= {path.name for path in SCRIPTS}
