@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mnist_accel.seeding import generator
 
-ONE, SEVEN = 1, 7
+ONE, SEVEN, NINE = 1, 7, 9
 ELASTIC_GRID = 6  # control points along each side
 
 
@@ -31,9 +31,12 @@ class Augmentation:
         resolution: the probability of passing through a coarser grid of 14 to 22 pixels, as other scanners do.
         contrast: how far grey edges are hardened or softened.
         noise: standard deviation of Gaussian pixel noise, itself uniform from 0 to this.
-        continental: the probability that a 1 gets an upstroke, perhaps a foot, and a 7 a bar, as in Europe's hands.
-            Labels 1 and 7 must be these digits.
+        continental: the probability that a 1 gets an upstroke, perhaps a foot, a 7 a bar and a 9 a hook, as in many
+            European hands. Labels 1, 7 and 9 must be these digits.
+        stretch: the probability that a narrow digit is widened, up to the full width of 20 pixels.
+        cut: the probability that up to 4 rows or columns of the digit are missing at one side.
         erased: the probability that a small square is missing.
+        plain: the probability that an image gets the one resampling only, and none of the rest.
     """
 
     degrees: float = 10.0
@@ -46,7 +49,10 @@ class Augmentation:
     contrast: float = 0.0
     noise: float = 0.0
     continental: float = 0.0
+    stretch: float = 0.0
+    cut: float = 0.0
     erased: float = 0.0
+    plain: float = 0.0
 
 
 AUGMENTATIONS = {
@@ -54,8 +60,8 @@ AUGMENTATIONS = {
     "elastic": Augmentation(elastic=1.2),
     # For digits of other hands, pens and scanners than MNIST's.
     "handwriting": Augmentation(
-        degrees=15, translation=2, scale=0.15, shear=0.3, elastic=1.0, stroke_width=0.9, resolution=0.3, contrast=0.6,
-        noise=0.06, continental=0.3, erased=0.1,
+        degrees=13, translation=2, scale=0.13, shear=0.25, elastic=0.9, stroke_width=0.9, resolution=0.3, contrast=0.6,
+        noise=0.06, continental=0.4, stretch=0.25, cut=0.1, erased=0.1, plain=0.35,
     ),
 }  # fmt: skip
 
@@ -65,7 +71,7 @@ Draws = dict[str, Tensor]
 def draw(augmentation: Augmentation, batch_size: int, seed: int, step: int) -> Draws:
     """The random numbers for every image of a global batch: tensors (batch_size, ...) on the CPU."""
     source = generator(seed, "augment", step)
-    draws = {"uniform": torch.rand(batch_size, 20, generator=source)}
+    draws = {"uniform": torch.rand(batch_size, 26, generator=source)}
     if augmentation.elastic:
         draws["elastic"] = torch.randn(batch_size, 2, ELASTIC_GRID, ELASTIC_GRID, generator=source)
     if augmentation.noise:
@@ -82,12 +88,18 @@ def distort(images: Tensor, labels: Tensor, augmentation: Augmentation, draws: D
     uniform = draws["uniform"]
     if augmentation.continental:
         images = _continental(images, labels, augmentation.continental, uniform[:, 6:13])
-    grid = F.affine_grid(_affine(augmentation, uniform[:, :6]), list(images.shape), align_corners=False)
+    if augmentation.cut:
+        images = _cut(images, augmentation.cut, uniform[:, 20:22])
+    theta = _affine(augmentation, uniform[:, :6])
+    if augmentation.stretch:
+        theta[:, 0] /= _stretch(images, augmentation.stretch, uniform[:, 22:24]).unsqueeze(1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     if augmentation.elastic:
         # B-spline-like smoothness: bicubic interpolation of a coarse field; 2/28 of the -1..1 grid is a pixel.
         field = F.interpolate(draws["elastic"], size=images.shape[-2:], mode="bicubic", align_corners=True)
         grid = grid + field.permute(0, 2, 3, 1) * (augmentation.elastic * 2 / 28)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    resampled = images
     if augmentation.stroke_width:
         images = _stroke_width(images, _signed(uniform[:, 13]) * augmentation.stroke_width)
     if augmentation.resolution:
@@ -100,7 +112,7 @@ def distort(images: Tensor, labels: Tensor, augmentation: Augmentation, draws: D
         images = _erased(images, augmentation.erased, uniform[:, 16:19])
     if augmentation.noise:
         images = (images + draws["noise"] * uniform[:, 19].view(-1, 1, 1, 1) * augmentation.noise).clamp(0, 1)
-    return images
+    return torch.where((uniform[:, 24] < augmentation.plain).view(-1, 1, 1, 1), resampled, images)
 
 
 def _signed(uniform: Tensor) -> Tensor:
@@ -143,6 +155,25 @@ def _resolution(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
     return result
 
 
+def _cut(images: Tensor, probability: float, uniform: Tensor) -> Tensor:
+    """Some images with what lies beyond a straight line near one side of the digit's box missing."""
+    place = torch.arange(28, device=images.device)
+    # One draw says whether and at which of four sides, the other how deep into the box of 20 pixels.
+    side = (uniform[:, 0] / probability * 4).long()
+    edge = (5 + uniform[:, 1] * 4).long().unsqueeze(1)
+    low, high = place < edge, place >= 28 - edge
+    rows = low & (side == 0).unsqueeze(1) | high & (side == 1).unsqueeze(1)
+    columns = low & (side == 2).unsqueeze(1) | high & (side == 3).unsqueeze(1)
+    return images.masked_fill(rows[:, None, :, None] | columns[:, None, None, :], 0.0)
+
+
+def _stretch(images: Tensor, probability: float, uniform: Tensor) -> Tensor:
+    """By how much to widen each image (N,): 1, or for some a factor up to 3 that does not exceed 20 pixels of ink."""
+    width = (images[:, 0].amax(dim=1) > 0.3).sum(dim=1).clamp(min=1)
+    widest = (20 / width).clamp(1, 3)
+    return torch.where(uniform[:, 0] < probability, 1 + uniform[:, 1] * (widest - 1), torch.ones_like(widest))
+
+
 def _erased(images: Tensor, probability: float, uniform: Tensor) -> Tensor:
     """A square of 4x4 pixels is black at a random place in some images."""
     place = torch.arange(28, device=images.device)
@@ -154,7 +185,7 @@ def _erased(images: Tensor, probability: float, uniform: Tensor) -> Tensor:
 
 
 def _continental(images: Tensor, labels: Tensor, probability: float, uniform: Tensor) -> Tensor:
-    """Some 1s with an upstroke and sometimes a foot, some 7s with a bar through the stem."""
+    """Some 1s with an upstroke and sometimes a foot, 7s with a bar through the stem, 9s with a hook."""
     chosen = uniform[:, 0] < probability
     ink = images[:, 0]
     inked_rows = ink.amax(dim=2) > 0.5
@@ -169,8 +200,8 @@ def _continental(images: Tensor, labels: Tensor, probability: float, uniform: Te
         return (line * place).sum(dim=1) / line.sum(dim=1).clamp(min=1e-3)
 
     top_x, top_y = centre(top + 1), top.to(images.dtype) + 1
-    reach = height * (0.2 + 0.25 * uniform[:, 2])
-    steepness = 0.5 + uniform[:, 3]
+    reach = height * (0.2 + 0.4 * uniform[:, 2])
+    steepness = 0.6 + 0.9 * uniform[:, 3]
     upstroke = _segment(top_x - reach, top_y + reach * steepness, top_x, top_y, width, place)
     foot_x, half_foot = centre(bottom - 1), height * (0.1 + 0.15 * uniform[:, 4])
     foot_y = bottom.to(images.dtype) - 0.5
@@ -180,8 +211,9 @@ def _continental(images: Tensor, labels: Tensor, probability: float, uniform: Te
     bar_x, half_bar = centre(bar_y.round()), height * (0.15 + 0.15 * uniform[:, 3])
     tilt = half_bar * (uniform[:, 6] - 0.5)
     bar = _segment(bar_x - half_bar, bar_y + tilt, bar_x + half_bar, bar_y - tilt, width, place)
-    one, seven = (chosen & (labels == ONE)).view(-1, 1, 1), (chosen & (labels == SEVEN)).view(-1, 1, 1)
-    strokes = torch.maximum(upstroke, foot) * one + bar * seven
+    hook = _segment(foot_x - reach, foot_y - reach * (0.4 * uniform[:, 3]), foot_x, foot_y, width, place)
+    one, seven, nine = ((chosen & (labels == digit)).view(-1, 1, 1) for digit in (ONE, SEVEN, NINE))
+    strokes = torch.maximum(upstroke, foot) * one + bar * seven + hook * nine
     return torch.maximum(images, strokes.unsqueeze(1))
 
 

@@ -32,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "handwriting": {
         **_ONE_CYCLE,
         "model": "residual_net",
-        "epochs": 20,
+        "epochs": 30,
         "batch_size": 128,
         "learning_rate": 0.003,
         "ema_decay": 0.998,
