@@ -1,6 +1,8 @@
 """Measure this project against the loops that users would write instead, side by side in one run."""
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 from mnist_accel.benchmark import PARTS, PRECISIONS, Benchmark, as_table, draw_benchmark
@@ -12,6 +14,7 @@ def main() -> int:
     parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     parser.add_argument("--precisions", default=",".join(PRECISIONS), help="of the training speeds")
+    parser.add_argument("--workers", default="0,2", help="DataLoader workers of the examples' loop, one variant each")
     parser.add_argument("--rounds", type=int, default=3, help="how often each command is run, in turn")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a training measurement")
     parser.add_argument("--seeds", type=int, default=5, help="trainings of the recipe fast")
@@ -25,14 +28,21 @@ def main() -> int:
             raise UserError(f"--{name} {getattr(options, name)}: give at least 1")
     parts = _chosen("--parts", options.parts, PARTS)
     precisions = _chosen("--precisions", options.precisions, PRECISIONS)
+    try:
+        workers = [int(number) for number in options.workers.split(",")]
+    except ValueError as error:
+        raise UserError(f"--workers {options.workers}: give numbers, such as 0,2") from error
     if options.figure and not {"training", "accuracy"} & set(parts):
         raise UserError("--figure shows training and accuracy: measure at least one of these --parts")
 
     scripts = Path(__file__).resolve().parent
     benchmark = Benchmark(
-        scripts, options.dataset, parts, precisions, options.rounds, options.steps, options.seeds, options.images,
-        options.time_limit,
+        scripts=scripts, dataset=options.dataset, parts=parts, precisions=precisions, workers=workers,
+        rounds=options.rounds, steps=options.steps, seeds=options.seeds, images=options.images,
+        time_limit=options.time_limit,
     )  # fmt: skip
+    # So that the process that is being measured ends too, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = benchmark.run(say=lambda line: print(line, flush=True))
     print("\n" + as_table(results))
     if options.output:

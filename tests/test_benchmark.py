@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -30,19 +31,39 @@ def accuracies(fast: float, example: float) -> list[dict]:
 def test_the_smallest_run_prints_its_ratios_and_writes_json_and_a_figure(small_dataset: Path, tmp_path: Path) -> None:
     output, figure = tmp_path / "numbers.json", tmp_path / "figure.png"
     command = [sys.executable, SCRIPT, "--dataset", small_dataset, "--output", output, "--figure", figure]
-    command += ["--parts", "training,prediction,startup", "--precisions", "fp32", "--time-limit", 60]
-    command += ["--rounds", 1, "--steps", 2, "--images", 5]
+    command += ["--parts", "training,startup", "--precisions", "fp32", "--workers", 0, "--time-limit", 150]
+    command += ["--rounds", 1, "--steps", 2]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     measured = {row["name"]: row["median"] for row in results["measurements"]}
-    assert {"this project, fp32", "raw PyTorch, fp32", "one by one", "train.py --help"} < measured.keys()
+    assert {"this project, fp32", "raw PyTorch, fp32", "train.py --help"} < measured.keys()
     assert all(value > 0 for value in measured.values())
     ratios = {row["name"]: row["value"] for row in results["ratios"]}
     raw = measured["this project, fp32"] / measured["raw PyTorch, fp32"]
     assert ratios["training, fp32: speed over raw PyTorch"] == pytest.approx(raw)
     assert all(name in done.stdout for name in [*measured, *ratios, results["machine"]["torch"]])
     assert min(Image.open(figure).size) > 300
+
+
+def test_the_plain_prediction_loop_classifies_every_generated_image(small_dataset: Path, tmp_path: Path) -> None:
+    from mnist_accel import benchmark_loops
+
+    folder, model = tmp_path / "images", tmp_path / "weights"
+    options = Namespace(dataset=str(small_dataset), steps=60, folder=str(folder), model=str(model))
+    benchmark_loops.make_images(options)
+    assert Image.open(folder / "000059.png").size == (28, 28)
+    assert benchmark_loops.predict(options) == {"images": 60}
+
+
+def test_the_reference_stops_at_its_target(small_dataset: Path) -> None:
+    from mnist_accel import benchmark_loops
+
+    options = Namespace(dataset=str(small_dataset), seed=0, epochs=2, target=0.0)
+    assert benchmark_loops.pytorch(options) == {"test accuracy": 0.0, "epochs": 0}
+    options.target = 2.0
+    found = benchmark_loops.pytorch(options)
+    assert found["epochs"] == 2 and 0.2 < found["test accuracy"] <= 1
 
 
 def test_the_fraction_of_the_matrix_product_rate_counts_the_arithmetic_of_an_image() -> None:

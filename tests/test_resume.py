@@ -61,7 +61,7 @@ def test_sigkill_at_random_moments_leaves_the_result_bit_identical(small_dataset
     for _ in range(KILLS):
         job = Job(killed, tmp_path / "logs", processes=processes)
         # Counted from the moment the run folder is ready, so that kills fall into training, evaluation and writing.
-        job.wait_for(lambda: any("Run: " in log.read_text() for log in job.logs if log.exists()))
+        job.wait_for(lambda job=job: "Run: " in job.output())
         for process in job.processes:
             process.join(chance.uniform(0, 1.2) / len(job.processes))
         job.signal(signal.SIGKILL)

@@ -49,7 +49,10 @@ def own_process() -> Iterator[None]:
 def run(dataset: Path | str, output: Path, *options: str) -> Path:
     """Train with these options; returns the run's folder."""
     with own_process():
-        assert Trainer(parse_config(["--dataset", str(dataset), "--output-dir", str(output), *COMMON, *options])).run() == 0
+        assert (
+            Trainer(parse_config(["--dataset", str(dataset), "--output-dir", str(output), *COMMON, *options])).run()
+            == 0
+        )
     return output
 
 
@@ -97,7 +100,9 @@ def test_the_run_folder_holds_what_a_reader_expects(plain):
     files = below(plain["run"])
     events = {name for name in files if name.startswith("tensorboard/")}
     assert events and all("events.out.tfevents" in name for name in events)
-    weight_files = {f"{name}/{file}" for name in ("best", "final") for file in ("model.safetensors", "config.json", "README.md")}
+    weight_files = {
+        f"{name}/{file}" for name in ("best", "final") for file in ("model.safetensors", "config.json", "README.md")
+    }
     assert files - events == weight_files | {
         "config.yaml", "metrics.jsonl",
         "checkpoints/step_00000020/training_state.pt", "checkpoints/step_00000030/training_state.pt",
@@ -107,10 +112,21 @@ def test_the_run_folder_holds_what_a_reader_expects(plain):
 
 def test_each_epoch_has_a_row_and_the_last_row_is_the_end(plain):
     *epochs, final = rows(plain["run"])
-    keys = {"epoch", "step", "train_loss", "eval_loss", "eval_accuracy", "learning_rate", "train_seconds", "images_per_second"}
+    keys = {
+        "epoch",
+        "step",
+        "train_loss",
+        "eval_loss",
+        "eval_accuracy",
+        "learning_rate",
+        "train_seconds",
+        "images_per_second",
+    }
     assert all(set(row) == keys for row in epochs)
     assert [(row["epoch"], row["step"]) for row in epochs] == [(1, STEPS), (2, 2 * STEPS), (3, 3 * STEPS)]
-    assert all(row["learning_rate"] == 0.002 and row["train_seconds"] > 0 and row["images_per_second"] > 0 for row in epochs)
+    assert all(
+        row["learning_rate"] == 0.002 and row["train_seconds"] > 0 and row["images_per_second"] > 0 for row in epochs
+    )
     assert epochs[-1]["train_loss"] < epochs[0]["train_loss"] < 2.5
     assert all(0 <= row["eval_accuracy"] <= 1 for row in epochs)
     assert final["final"] is True and final["step"] == 3 * STEPS
@@ -188,7 +204,19 @@ def test_without_a_tracker_there_is_no_tensorboard_folder(small_dataset, tmp_pat
 
 
 def test_the_config_that_a_run_leaves_repeats_it_bit_for_bit(small_dataset, tmp_path):
-    options = ["--epochs", "2", "--augment", "--ema-decay", "0.9", "--scheduler", "cosine", "--seed", "5", "--max-steps", "15"]
+    options = [
+        "--epochs",
+        "2",
+        "--augment",
+        "--ema-decay",
+        "0.9",
+        "--scheduler",
+        "cosine",
+        "--seed",
+        "5",
+        "--max-steps",
+        "15",
+    ]
     first = run(small_dataset, tmp_path / "first", *options)
     with own_process():
         Trainer(parse_config(["--config", str(first / "config.yaml"), "--output-dir", str(tmp_path / "second")])).run()
@@ -230,7 +258,9 @@ def test_max_steps_does_not_bend_the_schedule(small_dataset, tmp_path):
 
 def test_early_stopping_ends_after_so_many_epochs_without_a_new_best(small_dataset, tmp_path):
     # At rate zero the first epoch stays the best one.
-    folder = run(small_dataset, tmp_path / "run", "--epochs", "9", "--learning-rate", "0", "--early-stopping-patience", "2")
+    folder = run(
+        small_dataset, tmp_path / "run", "--epochs", "9", "--learning-rate", "0", "--early-stopping-patience", "2"
+    )
     *epochs, final = rows(folder)
     assert [row["epoch"] for row in epochs] == [1, 2, 3] and final["best_epoch"] == 1
 
@@ -244,13 +274,17 @@ def test_the_counter_of_early_stopping_survives_a_resume(small_dataset, tmp_path
 
 
 def test_of_equally_good_epochs_the_first_is_kept(plain, tmp_path):
-    folder = run(plain["dataset"], tmp_path / "run", "--epochs", "6", "--learning-rate", "0.01", "--keep-checkpoints", "9")
+    folder = run(
+        plain["dataset"], tmp_path / "run", "--epochs", "6", "--learning-rate", "0.01", "--keep-checkpoints", "9"
+    )
     *epochs, final = rows(folder)
     accuracies = [row["eval_accuracy"] for row in epochs]
     first = 1 + accuracies.index(max(accuracies))
     assert accuracies.count(max(accuracies)) > 1, "a tie is what this test is about"
     assert description(folder, "best")["epoch"] == final["best_epoch"] == first
-    assert same_weights(weights(folder, "best"), read_checkpoint(folder / f"checkpoints/step_{first * STEPS:08d}")["model"])
+    assert same_weights(
+        weights(folder, "best"), read_checkpoint(folder / f"checkpoints/step_{first * STEPS:08d}")["model"]
+    )
 
 
 # What is evaluated and kept
@@ -274,7 +308,9 @@ def test_with_validation_the_test_split_is_read_once_at_the_end(small_dataset, t
     )
     folder = run(small_dataset, tmp_path / "run", "--epochs", "3", "--validation-size", "40")
     assert [len(images) for images in seen[:3]] == [40, 40, 40]
-    assert len(seen) <= 5 and all(torch.equal(images, data.test.images) for images in seen[3:]), "final/ and best/, at the end"
+    assert len(seen) <= 5 and all(torch.equal(images, data.test.images) for images in seen[3:]), (
+        "final/ and best/, at the end"
+    )
     held_out = {image.numpy().tobytes() for image in seen[0]}
     training = {image.numpy().tobytes() for image in data.train.images}
     assert len(held_out) == 40 and {image.numpy().tobytes() for image in trained_on} == training - held_out
@@ -316,7 +352,9 @@ def test_the_class_names_of_the_data_set_reach_the_weights_and_the_figures(small
 def test_a_data_set_of_other_than_ten_classes_trains(small_dataset, tmp_path, monkeypatch):
     data = load_data(str(small_dataset))
     three = [replace(split, labels=split.labels % 3) for split in (data.train, data.test)]
-    monkeypatch.setattr(trainer, "load_data", lambda name: replace(data, train=three[0], test=three[1], class_names=list("abc")))
+    monkeypatch.setattr(
+        trainer, "load_data", lambda name: replace(data, train=three[0], test=three[1], class_names=list("abc"))
+    )
     folder = run("three", tmp_path / "run", "--max-steps", "2")
     assert weights(folder)["linear2.weight"].shape == (3, 128)
 
