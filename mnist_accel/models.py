@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -153,7 +153,7 @@ def save_model(model: DigitClassifier, folder: Path, state_dict: dict[str, Tenso
         k: v.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
         for k, v in model.state_dict().items()
     }
-    save_file(plain, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / WEIGHTS_NAME).write_bytes(save(plain, metadata={"format": "pt"}))
     config = {
         "model": model.name,
         "class_names": model.class_names,

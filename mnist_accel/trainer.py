@@ -25,7 +25,7 @@ from mnist_accel.models import DigitClassifier, build_model, load_model
 from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
 from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
-from mnist_accel.seeding import derive_seed
+from mnist_accel.seeding import derive_seed, reseed
 
 # Reading a number from a GPU waits for all the work queued there, so there the loop looks at its loss, and asks the
 # other ranks about signals, only every so many steps and before anything is written. On a CPU it does so every step.
@@ -104,7 +104,9 @@ class Trainer:
                 for batch in loader.epoch(epoch, first_step):
                     rate = learning_rate(state.step, self.total_steps, config)
                     set_learning_rate(self.optimizer, rate)
-                    torch.manual_seed(derive_seed(config.seed, "dropout", state.step, accelerator.process_index))
+                    reseed(
+                        accelerator.device, derive_seed(config.seed, "dropout", state.step, accelerator.process_index)
+                    )
                     for images, labels in batch.micro_batches:
                         with accelerator.accumulate(self.model):
                             loss = criterion(self.model(images), labels)
