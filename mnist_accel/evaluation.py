@@ -49,7 +49,7 @@ class Evaluation:
         confusion: int64 (C, C), rows are true classes.
         loss: mean cross-entropy in nats at temperature 1, the same quantity as `eval_loss` in `metrics.jsonl`.
         calibration_error: expected calibration error of `probabilities`, 0..1, in 15 bins.
-        probabilities: float32 (N, C) on the CPU, at each model's temperature: the confidences that users see.
+        probabilities: float32 (N, C) on the CPU, calibrated by each model: the confidences that users see.
     """
 
     class_names: list[str]
@@ -137,7 +137,7 @@ def evaluate(
         batch_size: images at once.
     """
     logits = [predict_logits(model.to(device), split.images, device, batch_size) for model in models]
-    return measure(logits, [model.temperature for model in models], split.labels, class_names)
+    return measure(logits, models, split.labels, class_names)
 
 
 def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, split: Split) -> tuple[Evaluation, Tensor]:
@@ -155,17 +155,16 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
         with accelerator.autocast():
             logits[own] = predict_logits(model, split.images[own], accelerator.device)
     logits = accelerator.reduce(logits, reduction="sum").cpu()  # the rows of other ranks are zero
-    return measure([logits], [model.temperature], split.labels, model.class_names), logits
+    return measure([logits], [model], split.labels, model.class_names), logits
 
 
 def measure(
-    logits: Sequence[Tensor], temperatures: Sequence[float], labels: Tensor, class_names: list[str]
+    logits: Sequence[Tensor], models: Sequence[DigitClassifier], labels: Tensor, class_names: list[str]
 ) -> Evaluation:
     """The measures of one model's logits (N, C), or of an ensemble's, for int64 labels (N,)."""
     logits, labels = [each.cpu() for each in logits], labels.cpu()
     plain = _mean_log_probabilities(logits)
-    scaled = [each / temperature for each, temperature in zip(logits, temperatures, strict=True)]
-    probabilities = _mean_log_probabilities(scaled).exp()
+    probabilities = torch.stack([m.probabilities(each) for m, each in zip(models, logits, strict=True)]).mean(dim=0)
     return Evaluation(
         class_names=list(class_names),
         confusion=metrics.confusion_matrix(probabilities.argmax(dim=1), labels, len(class_names)),

@@ -88,6 +88,7 @@ def metadata(model: DigitClassifier) -> dict[str, str]:
         "model": model.name,
         "labels": json.dumps(model.class_names),
         "temperature": str(model.temperature),
+        "no_digit_level": str(model.no_digit_level),
         "input": INPUT_DESCRIPTION,
         "output": "float32 (N, classes) logits; softmax(logits / temperature) gives confidences",
         "producer": f"mnist_accel {__version__}",

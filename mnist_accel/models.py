@@ -5,6 +5,7 @@ normalisation is inside it, so that an exported file needs none.
 """
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_accel.cli import UserError
+from mnist_accel.metrics import confidences, fit_no_digit_level, fit_temperature
 
 SHIPPED = Path(__file__).parent / "pretrained"
 WEIGHTS_NAME = "model.safetensors"
@@ -27,11 +29,21 @@ MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
 
 
 class DigitClassifier(nn.Module):
-    """What all networks share: a name, the classes, and the confidence temperature that predictions divide by."""
+    """What all networks share: a name, the classes, and how confidences follow from logits (`metrics.confidences`)."""
 
     name: str
     class_names: list[str]
     temperature: float
+    no_digit_level: float
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The confidences that users see, float64 (N, C), for this network's logits (N, C)."""
+        return confidences(logits, self.temperature, self.no_digit_level)
+
+    def calibrate(self, logits: Tensor, labels: Tensor) -> None:
+        """Fit both numbers to this network's logits (N, C) for images that it was not trained on; labels int64 (N,)."""
+        self.temperature = fit_temperature(logits, labels)
+        self.no_digit_level = fit_no_digit_level(logits, self.temperature)
 
     def normalise(self, images: Tensor) -> Tensor:
         return (images - MNIST_MEAN) / MNIST_STD
@@ -131,7 +143,8 @@ def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     model = MODELS[name](len(class_names), dropout)
-    model.name, model.class_names, model.temperature = name, list(class_names), 1.0
+    model.name, model.class_names = name, list(class_names)
+    model.temperature, model.no_digit_level = 1.0, -math.inf
     return model
 
 
@@ -160,6 +173,7 @@ def save_model(model: DigitClassifier, folder: Path, state_dict: dict[str, Tenso
         "input": {"shape": ["N", 1, 28, 28], "range": [0.0, 1.0], "ink": "white on black"},
         "parameters": count_parameters(model),
         "temperature": model.temperature,
+        "no_digit_level": model.no_digit_level if math.isfinite(model.no_digit_level) else None,
         **facts,
     }
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
@@ -178,7 +192,8 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
     folder = find_weights(path_or_hub_id)
     config = _read_config(folder)
     model = build_model(config["model"], config["class_names"])
-    model.temperature = float(config.get("temperature", 1.0))
+    model.temperature, level = float(config.get("temperature", 1.0)), config.get("no_digit_level")
+    model.no_digit_level = -math.inf if level is None else float(level)
     try:
         weights = load_file(folder / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:
@@ -227,7 +242,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         names = config["class_names"]
         if not (isinstance(config["model"], str) and names and all(isinstance(name, str) for name in names)):
             raise ValueError("'model' and 'class_names' must be text")
-        float(config.get("temperature", 1.0))
+        if not float(config.get("temperature", 1.0)) > 0 or math.isnan(float(config.get("no_digit_level") or 0)):
+            raise ValueError("'temperature' must be positive and 'no_digit_level' a number")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG_NAME} is not a model description of this project: {error}") from error
     return config

@@ -123,8 +123,8 @@ def _classify(model: DigitClassifier, device: torch.device | str, part: list[tup
             images[i, 0] = digit
     with torch.inference_mode():
         batch = torch.from_numpy(images).to(device).float() / 255
-        logits = model(batch.to(memory_format=torch.channels_last)).double().cpu() / model.temperature
-    probabilities = logits.softmax(1).round(decimals=4).numpy()
+        logits = model(batch.to(memory_format=torch.channels_last)).double().cpu()
+    probabilities = model.probabilities(logits).round(decimals=4).numpy()
     # Where there is nothing to see, every class is as likely.
     probabilities[~images.any((1, 2, 3))] = round(1 / logits.shape[1], 4)
     answers = logits.argmax(1).tolist()

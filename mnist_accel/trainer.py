@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from mnist_accel import metrics
 from mnist_accel.augment import AUGMENTATIONS
 from mnist_accel.averaging import WeightAverage
 from mnist_accel.checkpoint import CheckpointWriter, TrainState
@@ -212,8 +211,7 @@ class Trainer:
         network = self.evaluated_network
         result, logits = evaluate_on_all_ranks(self.accelerator, network, self.eval_split)
         if self.config.validation_size:
-            # Confidences are calibrated on held-out images only (Guo et al. 2017).
-            network.temperature = metrics.fit_temperature(logits, self.eval_split.labels)
+            network.calibrate(logits, self.eval_split.labels)  # on held-out images only
         is_best = state.record_epoch(
             {
                 "epoch": -(-state.step // loader.steps_per_epoch),
