@@ -1,5 +1,7 @@
 """Distortions keep the form of images, depend on (seed, step) alone, and do what they are named after."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,11 +11,13 @@ from mnist_accel.config import AUGMENTATION_NAMES
 from mnist_accel.data import load_data
 
 NONE = Augmentation(degrees=0, translation=0, scale=0, shear=0)
-# One distortion at a time, strong enough that every image must show it; `continental` only touches 1s and 7s.
+# One distortion at a time, strong enough that images must show it.
 SINGLE = {
     "degrees": 25.0, "translation": 3.0, "scale": 0.3, "shear": 0.4, "elastic": 2.0, "stroke_width": 0.9,
-    "resolution": 1.0, "contrast": 1.0, "noise": 0.2, "continental": 1.0, "erased": 1.0,
+    "resolution": 1.0, "contrast": 1.0, "noise": 0.2, "continental": 1.0, "stretch": 1.0, "cut": 1.0,
+    "erased": 1.0,
 }  # fmt: skip
+WITH_STROKES = torch.tensor([1, 7, 9])
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +98,25 @@ def test_each_distortion_alone_changes_images(digits, name):
     images, labels = digits
     touched = changed(distorted(digits, only(**{name: SINGLE[name]})), images)
     if name == "continental":
-        assert torch.equal(touched, (labels == 1) | (labels == 7))
-    elif name == "erased":  # a square that falls on black changes nothing
-        assert 0.3 < touched.float().mean() < 1
+        assert torch.equal(touched, torch.isin(labels, WITH_STROKES))
+    elif name in ("erased", "stretch", "cut"):  # a square may fall on black, and a digit be as wide as can be
+        assert touched.float().mean() > 0.3
     else:
         assert touched.float().mean() > 0.9
+
+
+def test_every_distortion_is_among_those_tested_alone():
+    assert set(SINGLE) == {field.name for field in fields(Augmentation)} - {"plain"}
+
+
+def test_plain_images_get_nothing_after_the_resampling(digits):
+    rest = {name: SINGLE[name] for name in ("stroke_width", "resolution", "contrast", "noise", "erased")}
+    images, _ = digits
+    assert torch.allclose(distorted(digits, only(**rest, plain=1.0)), images, atol=1e-5)
+    assert changed(distorted(digits, only(**rest)), images).all()
+    assert changed(distorted(digits, only(**rest, degrees=25.0, plain=1.0)), images).float().mean() > 0.9
+    share = changed(distorted(digits, only(**rest, plain=0.5)), images).float().mean()
+    assert 0.25 < share < 0.75
 
 
 def test_with_all_distortions_off_images_stay_as_they_are(digits):
@@ -136,19 +154,19 @@ def test_scale_keeps_the_centre_and_changes_the_amount_of_ink(digits):
 def test_stroke_width_thickens_and_thins(digits):
     images, _ = digits
     ratio = distorted(digits, only(stroke_width=0.9)).sum(dim=(1, 2, 3)) / images.sum(dim=(1, 2, 3))
-    assert ratio.min() < 0.8 and ratio.max() > 1.3
+    assert ratio.min() < 0.9 and ratio.max() > 1.3
 
 
-def test_only_ones_and_sevens_get_continental_strokes(digits):
+def test_only_ones_sevens_and_nines_get_continental_strokes(digits):
     images, labels = digits
     result = distorted(digits, only(continental=1.0))
-    others = (labels != 1) & (labels != 7)
+    others = ~torch.isin(labels, WITH_STROKES)
     assert torch.allclose(result[others], images[others], atol=1e-5)
-    for digit in (1, 7):
+    for digit in WITH_STROKES:
         own = labels == digit
         assert own.any() and (result[own] >= images[own] - 1e-5).all(), "ink is added, none is taken"
         added = (result[own] - images[own]).sum(dim=(1, 2, 3))
-        assert (added > 0.5).all() and added.mean() > 5
+        assert (added > 0.1).all() and added.mean() > 3
 
 
 def test_continental_strokes_come_as_often_as_asked_for():

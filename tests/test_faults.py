@@ -64,7 +64,7 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_intact(small_da
 def test_a_vanished_output_folder_is_an_error(small_dataset, tmp_path):
     options = [*OPTIONS, "--epochs", "400", "--dataset", str(small_dataset), "--output-dir", str(tmp_path / "run")]
     job = Job([*options, "--report-to", "none"], tmp_path / "logs")
-    job.wait_for(lambda: (tmp_path / "run" / "best").is_dir())
+    job.wait_for((tmp_path / "run" / "best").is_dir)
     (tmp_path / "run").rename(tmp_path / "gone")
     assert job.wait(60) == [2]
     assert_one_error_line(job.output(), str(tmp_path / "run"))

@@ -38,6 +38,7 @@ CORES = min(
 # is kept for the launches of this file alone.
 BYTECODE = tempfile.TemporaryDirectory(prefix="mnist-accel-bytecode-") if sys.dont_write_bytecode else None
 
+pytestmark = pytest.mark.timeout(600)  # for four launches in one fixture on a machine with other work; each has LIMIT
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU Accelerate sees every process")
 
 
@@ -206,7 +207,9 @@ def test_no_bar_is_drawn_where_the_output_is_no_terminal(starts):
 
 
 def threads(output: str) -> int:
-    return int(re.search(r"Device: cpu \((\d+) threads\)", output)[1])
+    found = re.search(r"Device: cpu \((\d+) threads\)", output)
+    assert found, output
+    return int(found[1])
 
 
 def test_all_cores_are_used_under_a_launcher_and_the_user_s_number_is_kept(starts):
@@ -266,8 +269,9 @@ def test_sigterm_to_the_launcher_of_two_processes_saves_and_ends_all(tmp_path):
         assert job.wait(5) != 0
     finally:
         job.kill()
-    stopped_at = int(re.search(r"Stopped by SIGTERM after step (\d+)", job.output)[1])
-    assert (run / "checkpoints" / f"step_{stopped_at:08d}" / "training_state.pt").is_file()
+    stopped = re.search(r"Stopped by SIGTERM after step (\d+)", job.output)
+    assert stopped, job.output
+    assert (run / "checkpoints" / f"step_{int(stopped[1]):08d}" / "training_state.pt").is_file()
 
 
 def test_a_bar_with_speed_is_drawn_on_a_terminal(starts):

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,16 +249,16 @@ class ModelHub(StandInHub):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        handler = self.server.RequestHandlerClass
-        original = handler.answer_file
+        handler: Any = self.server.RequestHandlerClass
 
-        def answer_model(self) -> None:
-            """Models have no prefix in their addresses: /OWNER/NAME/resolve/REVISION/FILE."""
+        def answer_model(self: Any) -> None:
+            # Models have no prefix in their addresses: /OWNER/NAME/resolve/REVISION/FILE.
             path = self.path.partition("?")[0]
             self.hub.paths.append(f"{self.command} {path}")
             if path.startswith("/test/digits/resolve/"):
-                return original(self, path.split("/", 5)[-1], cut=False)
-            self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+                self.answer_file(path.split("/", 5)[-1], cut=False)
+            else:
+                self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
         handler.do_GET = handler.do_HEAD = answer_model
 

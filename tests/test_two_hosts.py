@@ -19,6 +19,8 @@ from test_launchers import ACCELERATE, OPTIONS, ROOT, Launch, surroundings
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 PORT = 29517  # free for certain: nothing else runs in these networks
 
+pytestmark = pytest.mark.timeout(400)  # on a machine with other work; each wait below has its own limit
+
 
 def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
