@@ -36,7 +36,7 @@ class Augmentation:
         stretch: the probability that a narrow digit is widened, up to the full width of 20 pixels.
         cut: the probability that up to 4 rows or columns of the digit are missing at one side.
         erased: the probability that a small square is missing.
-        plain: the probability that an image gets the one resampling only, and none of the rest.
+        plain: the probability that an image is left as it is after the resampling.
     """
 
     degrees: float = 10.0

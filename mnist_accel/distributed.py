@@ -82,8 +82,8 @@ def _one_thread_was_chosen() -> bool:
     try:
         launcher = psutil.Process().parent()
         command = launcher.cmdline() if launcher else []
-        names = {part.rsplit("/", 1)[-1] for part in command[:4]}
-        if not names & {"accelerate", "torchrun", "torch.distributed.run", "accelerate.commands.launch"}:
+        names = {part.rsplit("/", 1)[-1].split(".")[0] for part in command[:4]}
+        if not names & {"accelerate", "accelerate-launch", "torchrun"} and "torch.distributed.run" not in command:
             return True  # no launcher stands between the user and this process
         option = any(part.replace("-", "_").startswith("__num_cpu_threads_per_process") for part in command)
         return option or "OMP_NUM_THREADS" in launcher.environ()

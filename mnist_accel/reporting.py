@@ -95,6 +95,15 @@ class Reporter:
             {f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")}, step=row["step"]
         )
 
+    def log_result(self, result: dict[str, Any]) -> None:
+        """Log the last row of metrics.jsonl.
+
+        One step on: a resumed run has TensorBoard purge what lies beyond its checkpoint, and so this, were it logged
+        before.
+        """
+        values = {f"final/{name}": value for name, value in result.items() if name not in ("final", "step")}
+        self.accelerator.log(values, step=result["step"] + 1)
+
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Send a uint8 (H, W, 3) picture to the trackers that take pictures."""
         for tracker in self.accelerator.trackers:

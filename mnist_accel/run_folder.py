@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator
 
@@ -141,7 +142,8 @@ class RunFolder:
             "micro_batches": accelerator.gradient_accumulation_steps,
             "mixed_precision": accelerator.mixed_precision,
             "device": describe_device(accelerator),
-            "versions": {name: version(name) for name in ("mnist-accel", "torch", "accelerate", "datasets")},
+            "versions": {"torch": str(torch.__version__)}
+            | {name: version(name) for name in ("mnist-accel", "accelerate", "datasets")},
         }
         with _written_whole(self.path / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(content, sort_keys=False))

@@ -306,8 +306,8 @@ class Trainer:
                     final["best_test_accuracy"] = best.accuracy
                 self.folder.write_metrics([*state.history, final])
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
-                    self.reporter.log_picture(name, picture, state.step)
-                self.reporter.log_epoch(final)
+                    self.reporter.log_picture(name, picture, state.step + 1)
+                self.reporter.log_result(final)
         if self.config.validation_size:
             self.reporter.say(
                 f"Test set (read once): Average loss: {result.loss:.4f}, "

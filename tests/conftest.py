@@ -1,6 +1,9 @@
 """What all tests share: no network, a cache of their own, and Accelerate's process-wide state reset around each."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,9 @@ from small_data import make_small_dataset
 
 # Before torch is imported anywhere: tests run beside the processes that they start.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+# Fixtures that outlive a test, and the processes that they start, must not touch the user's own cache either.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mnist_accel_tests_")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -194,7 +194,7 @@ def test_tensorboard_has_scalars_of_steps_and_epochs_and_the_pictures(plain):
     assert all(event.value == pytest.approx(0.002) for event in events.Scalars("train/learning_rate"))
     logged = [(event.step, event.value) for event in events.Scalars("epoch/eval_accuracy")]
     assert logged == [(row["step"], pytest.approx(row["eval_accuracy"])) for row in rows(plain["run"])[:-1]]
-    assert events.Scalars("epoch/test_accuracy")[0].value == pytest.approx(rows(plain["run"])[-1]["test_accuracy"])
+    assert events.Scalars("final/test_accuracy")[0].value == pytest.approx(rows(plain["run"])[-1]["test_accuracy"])
     assert {"curves", "confusion_matrix", "mistakes"} <= set(events.Tags()["images"])
 
 
