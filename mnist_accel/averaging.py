@@ -1,7 +1,6 @@
 """An exponential moving average of the weights."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -19,15 +18,11 @@ class WeightAverage:
     def __init__(self, model: DigitClassifier, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
-        self._average = _tensors(self.model)
+        self._average: list[torch.Tensor] = list(self.model.parameters())
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, _tensors(model), 1 - decay)
-
-
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    tensors: Iterable[torch.Tensor] = model.parameters()
-    return list(tensors)
+        weights: list[torch.Tensor] = list(model.parameters())
+        torch._foreach_lerp_(self._average, weights, 1 - decay)

@@ -63,6 +63,11 @@ def build_accelerator(
     return accelerator
 
 
+def usable_cores() -> int:
+    """The logical cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_all_cores() -> None:
     """Give this process its share of the physical cores, unless the user chose a number of threads.
 
@@ -73,7 +78,7 @@ def use_all_cores() -> None:
     if chosen.isdigit() and (chosen != "1" or _one_thread_was_chosen()):
         torch.set_num_threads(max(1, int(chosen)))
         return
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     cores = min(psutil.cpu_count(logical=False) or usable, usable)
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 

@@ -75,6 +75,9 @@ class Evaluation:
         """The accuracy's 95% confidence interval, each end in 0..1."""
         return metrics.accuracy_interval(self.correct, self.total)
 
+    def as_line(self) -> str:
+        return f"Average loss: {self.loss:.4f}, Accuracy: {self.correct}/{self.total} ({self.accuracy:.2%})"
+
     def as_json(self) -> dict[str, Any]:
         """Every measure as JSON values; a precision or recall that nothing was counted for is null."""
         return {

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from mnist_accel.cli import UserError
-from mnist_accel.distributed import build_accelerator, together
+from mnist_accel.distributed import build_accelerator, together, usable_cores
 from mnist_accel.image_files import find_images, readable
 from mnist_accel.images import SIDE, ImageError, read_image, resized, thumbnail, to_mnist
 from mnist_accel.models import SHIPPED, WEIGHTS_NAME, DigitClassifier, load_model
@@ -202,8 +202,7 @@ def predict_folder(
             wanted = "lies in a folder named" if labels == "folder" else "has a name that begins with"
             raise UserError(f"--labels {labels}: none of {len(paths)} images {wanted} one of {', '.join(classes)}")
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        workers = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     network.to(accelerator.device).to(memory_format=torch.channels_last)
     place = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     pictures = PICTURES if sheet else 0

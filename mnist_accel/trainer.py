@@ -225,8 +225,7 @@ class Trainer:
             }
         )
         self.reporter.say(
-            f"{self.eval_name.capitalize()} set: Average loss: {result.loss:.4f}, "
-            f"Accuracy: {result.correct}/{result.total} ({result.accuracy:.2%})"
+            f"{self.eval_name.capitalize()} set: {result.as_line()}"
             + (" - new best" if is_best else f" - best so far {state.best_accuracy:.2%} in epoch {state.best_epoch}")
         )
         with together(self.accelerator):
@@ -309,10 +308,7 @@ class Trainer:
                     self.reporter.log_picture(name, picture, state.step + 1)
                 self.reporter.log_result(final)
         if self.config.validation_size:
-            self.reporter.say(
-                f"Test set (read once): Average loss: {result.loss:.4f}, "
-                f"Accuracy: {result.correct}/{result.total} ({result.accuracy:.2%})"
-            )
+            self.reporter.say(f"Test set (read once): {result.as_line()}")
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
         self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
         self.accelerator.end_training()
