@@ -43,14 +43,18 @@ class TrainState:
     loss_sum: float = 0.0
     seconds: float = 0.0
 
-    def record_epoch(self, row: dict[str, Any]) -> bool:
-        """Take in the row of an epoch that has ended; returns whether it is the best so far (the first of equals)."""
+    def record_epoch(self, row: dict[str, Any], stopping_metric: str = "accuracy") -> bool:
+        """Take in the row of an epoch that has ended; returns whether it is the best so far (the first of equals).
+
+        The best is the most accurate one. What early stopping counts from is that, or the one of the lowest loss.
+        """
         self.history.append(row)
         self.loss_sum, self.seconds = 0.0, 0.0
         is_best = row["eval_accuracy"] > self.best_accuracy
         if is_best:
             self.best_epoch, self.best_accuracy = row["epoch"], row["eval_accuracy"]
-        self.epochs_without_improvement = 0 if is_best else self.epochs_without_improvement + 1
+        scores = [-row["eval_loss"] if stopping_metric == "loss" else row["eval_accuracy"] for row in self.history]
+        self.epochs_without_improvement = len(scores) - 1 - scores.index(max(scores))
         return is_best
 
 

@@ -6,9 +6,25 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+MODEL_HELP = (
+    "a run's folder, a weights folder or a Hub id (default: the newest runs/*/best, runs on digits aside, else the "
+    "weights shipped in the package)"
+)
+
 
 class UserError(ValueError):
     """A mistake of the user's: its message is one line that says what is wrong and what to do."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Ends each option's help with its default, `off` for none, unless the help itself says what the default is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required or not action.option_strings or "(default: " in (action.help or ""):
+            return action.help
+        if action.default is None or action.default is False:
+            return f"{action.help} (default: off)"
+        return super()._get_help_string(action)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -19,7 +35,7 @@ class CommandLine(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         return super().parse_known_args([_hyphens(a) for a in (sys.argv[1:] if args is None else args)], namespace)

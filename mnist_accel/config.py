@@ -20,20 +20,15 @@ MODEL_NAMES = ("mnist_net", "fast_net", "compact_net", "residual_net")
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULER_NAMES = ("constant", "linear", "cosine", "onecycle")
 AUGMENTATION_NAMES = ("affine", "elastic", "handwriting")
+STOPPING_METRICS = ("accuracy", "loss")
 
 # What a run's config.yaml holds beside its options; ignored when the file is read back with --config.
 PROVENANCE = "provenance"
 # Options that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
 FREE_ON_RESUME = {
     *("output_dir", "resume", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every", "report_to"),
-    *(
-        "early_stopping_patience",
-        "gradient_accumulation_steps",
-        "auto_batch_size",
-        "deterministic",
-        "recipe",
-        "push_to_hub",
-    ),
+    *("early_stopping_patience", "early_stopping_metric", "gradient_accumulation_steps", "auto_batch_size"),
+    *("deterministic", "recipe", "push_to_hub"),
 }
 
 
@@ -114,6 +109,9 @@ class TrainConfig:
         0, "training images held out to choose best/; 0: each epoch evaluates on the test split", _count
     )
     early_stopping_patience: int | None = option(None, "stop after N epochs without a new best", _or_off(_positive_int))
+    early_stopping_metric: str = option(
+        "accuracy", "measure that early stopping watches; best/ is the most accurate epoch", choices=STOPPING_METRICS
+    )
     max_steps: int | None = option(
         None, "stop after N optimizer steps; schedules still span all epochs", _or_off(_positive_int)
     )

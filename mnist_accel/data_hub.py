@@ -3,7 +3,6 @@
 import io
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,7 @@ import torch
 
 from mnist_accel.cli import UserError
 from mnist_accel.data import SIZE, ImageData, Split, check_data, numbered_classes, scale_image
-
-HUB_SECONDS = 6.0  # longest silence of the Hub in any one request
-HUB_ATTEMPTS = 2  # how often one request is made before the Hub counts as out of reach
+from mnist_accel.hub import impatient_hub, probe_hub, reason
 
 
 def _decode(value: dict[str, Any] | None, where: str) -> np.ndarray:
@@ -75,13 +72,10 @@ def _from_datasets(name: str, path: str, config: str, **options: Any) -> ImageDa
         Exception: whatever the `datasets` library raises.
     """
     import datasets
-    from huggingface_hub.utils import disable_progress_bars, logging
 
     datasets.logging.set_verbosity_error()
-    logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         splits = datasets.load_dataset(path, config or None, **options)
@@ -115,14 +109,10 @@ def _reason(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith("Config name is missing"):
         return f"it has several configurations, choose one as NAME:CONFIG; {lines[1]}"
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return reason(error)
 
 
 # The Hub
-
-
-class HubTimeout(Exception):
-    """The Hub did not answer; not an OSError, so that no library takes it for something to retry."""
 
 
 def load_hub(name: str, hub_id: str, config: str) -> ImageData:
@@ -130,8 +120,8 @@ def load_hub(name: str, hub_id: str, config: str) -> ImageData:
 
     The `datasets` library alone waits up to 400 s for a Hub that accepts connections and never answers.
     """
-    trouble = _probe_hub(hub_id)
-    with _impatient_hub(offline=bool(trouble)):
+    trouble = probe_hub("dataset", hub_id, "try ylecun/mnist, a folder, or digits")
+    with impatient_hub(), _offline(bool(trouble)):
         try:
             return _from_datasets(name, hub_id, config)
         except UserError:
@@ -148,68 +138,16 @@ def load_hub(name: str, hub_id: str, config: str) -> ImageData:
     )
 
 
-def _probe_hub(hub_id: str) -> str:
-    """Why the Hub is out of reach, or nothing if it knows this data set.
-
-    Raises:
-        UserError: it does not know it.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    answer: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().dataset_info(hub_id, timeout=HUB_SECONDS)
-            answer.append(None)
-        except Exception as error:
-            answer.append(error)
-
-    # In a thread, because nothing else bounds a name server that does not answer.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS + 1)
-    error = answer[0] if answer else HubTimeout(f"no answer within {HUB_SECONDS:.0f} seconds")
-    if isinstance(error, GatedRepoError):
-        raise UserError(f"{hub_id} is gated: accept its terms on the Hub and log in with `hf auth login`") from error
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-        raise UserError(
-            f"unknown data set {hub_id}: no such folder, and the Hub has no such data set (or it is private: log in "
-            "with `hf auth login`); try ylecun/mnist, a folder, or digits"
-        ) from error
-    return _reason(error) if error else ""
-
-
 @contextmanager
-def _impatient_hub(offline: bool) -> Iterator[None]:
-    """Let no request of huggingface_hub wait long, nor be repeated often; or let it make none at all if `offline`."""
+def _offline(wanted: bool) -> Iterator[None]:
+    """Let `datasets` take what it has in its cache and ask the Hub for nothing, if `wanted`."""
     import datasets
-    from huggingface_hub import constants, get_session, set_client_factory
+    from huggingface_hub import constants
 
-    requests = threading.local()
-
-    def limit(request: Any) -> None:
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), HUB_SECONDS)
-        # A download that goes on where it broke off asks for another range: that is progress, not a repetition.
-        this = (request.method, request.url, request.headers.get("range"))
-        requests.count = requests.count + 1 if getattr(requests, "last", None) == this else 1
-        requests.last = this
-        if requests.count > HUB_ATTEMPTS:
-            raise HubTimeout(f"no answer to {HUB_ATTEMPTS} requests for {request.url}")
-
-    # The client's class is httpx's or httpx2's, by the version of huggingface_hub.
-    client = type(get_session())
-    hooks = get_session().event_hooks
-    limited = {**hooks, "request": [*hooks["request"], limit]}
-    before = constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET, datasets.config.HF_HUB_OFFLINE
-    set_client_factory(lambda: client(event_hooks=limited, follow_redirects=True))
-    # Xet's own client, which the hook does not reach, has no such limits.
-    constants.HF_HUB_DISABLE_XET = True
-    if offline:
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if wanted:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=None))
-        constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_accel.cli import UserError
+from mnist_accel.hub import download_files
 from mnist_accel.metrics import confidences, fit_no_digit_level, fit_temperature
 
 SHIPPED = Path(__file__).parent / "pretrained"
@@ -152,7 +153,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_model(model: DigitClassifier, folder: Path, state_dict: dict[str, Tensor] | None = None, **facts: Any) -> None:
+def save_model(model: DigitClassifier, folder: Path, **facts: Any) -> None:
     """Write `model.safetensors` and `config.json` into `folder`.
 
     Args:
@@ -225,15 +226,7 @@ def find_weights(path_or_hub_id: str | Path | None) -> Path:
         raise UserError(
             f"no model folder {path_or_hub_id}: give a run's folder, a weights folder or a Hub id USER/NAME"
         )
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        files = [hf_hub_download(str(path_or_hub_id), name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no folder {path_or_hub_id}, and the Hub gives no such model: {reason}") from error
-    return Path(files[0]).parent
+    return download_files(str(path_or_hub_id), (CONFIG_NAME, WEIGHTS_NAME))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -186,26 +186,6 @@ class RunFolder:
                 pictures[name] = draw_to(temporary)
         return pictures
 
-    def push_best(self, repository: str) -> str:
-        """Upload `best/`, a model repository as it stands, to the Hub; returns its address.
-
-        Raises:
-            UserError: the Hub refuses or is out of reach; the run is complete on disk all the same.
-        """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HTTPError  # the client's, under whatever name its library has
-
-        try:
-            api = HfApi()
-            address = api.create_repo(repository, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=self.path / "best", commit_message="Upload best weights")
-        except (HTTPError, OSError, ValueError) as error:
-            raise UserError(
-                f"best/ could not be uploaded to {repository} ({' '.join(str(error).split())[:200]}); the run is "
-                f"complete: log in with `hf auth login`, then `hf upload {repository} {self.path / 'best'}`"
-            ) from error
-        return str(address)
-
 
 def _refuse_other_run(
     then: dict[str, Any], fingerprint_then: str, now: TrainConfig, fingerprint_now: str, what: str

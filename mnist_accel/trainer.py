@@ -18,6 +18,7 @@ from mnist_accel.config import TrainConfig
 from mnist_accel.data import Split, load_data
 from mnist_accel.distributed import StopSignals, agree, build_accelerator, choose_kernels, together
 from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
+from mnist_accel.hub import upload_folder
 from mnist_accel.loader import IGNORED_LABEL, ResidentLoader, hold_out
 from mnist_accel.micro_batch import halvings_to_fit
 from mnist_accel.models import DigitClassifier, build_model, load_model
@@ -222,7 +223,8 @@ class Trainer:
                 "learning_rate": self._rate(),
                 "train_seconds": round(seconds, 3),
                 "images_per_second": round(done / seconds, 1),
-            }
+            },
+            self.config.early_stopping_metric,
         )
         self.reporter.say(
             f"{self.eval_name.capitalize()} set: {result.as_line()}"
@@ -315,7 +317,8 @@ class Trainer:
         if self.config.push_to_hub:
             with together(self.accelerator):
                 if self.is_main:
-                    self.reporter.say(f"Uploaded: {self.folder.push_best(self.config.push_to_hub)}")
+                    address = upload_folder(self.folder.path / "best", self.config.push_to_hub)
+                    self.reporter.say(f"Uploaded: {address}")
         return 0
 
     def _stop(self, stop_signal: int) -> int:

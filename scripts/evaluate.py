@@ -3,17 +3,12 @@
 import json
 from pathlib import Path
 
-from mnist_accel.cli import CommandLine, UserError, is_first_rank, run_script
+from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, is_first_rank, run_script
 
 
 def main() -> int:
     parser = CommandLine(description=__doc__)
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        help="a run's folder, a weights folder or a Hub id; several are averaged as an ensemble; if none is given, the "
-        "newest runs/*/best (runs on digits aside), else the weights shipped in the package",
-    )
+    parser.add_argument("--model", nargs="+", help=f"one, or several that are averaged as an ensemble: {MODEL_HELP}")
     parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
     parser.add_argument("--split", default="test", choices=["test", "train"], help="the images to measure on")
     parser.add_argument("--batch-size", type=int, default=1000, help="images at once; the results do not depend on it")

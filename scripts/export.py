@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mnist_accel.cli import CommandLine, UserError, run_script
+from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, run_script
 
 ENDINGS = {"torchscript": ".pt", "onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -10,13 +10,9 @@ ENDINGS = {"torchscript": ".pt", "onnx": ".onnx", "torch-export": ".pt2"}
 def main() -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
-    parser.add_argument(
-        "--model",
-        help="a run's folder, a weights folder or a Hub id; if none is given, the newest runs/*/best (runs on digits "
-        "aside), else the weights shipped in the package",
-    )
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--format", required=True, choices=list(ENDINGS), help="onnx needs the `export` extra")
-    parser.add_argument("--output", type=Path, help="the file to write; if not given, `model` with the format's ending")
+    parser.add_argument("--output", type=Path, help="the file to write (default: model.pt, model.onnx or model.pt2)")
     options = parser.parse_args()
     if options.model and options.positional_model:
         raise UserError("the model is given twice: give MODEL or --model")

@@ -4,17 +4,13 @@ import signal
 import sys
 from pathlib import Path
 
-from mnist_accel.cli import CommandLine, UserError, run_script
+from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, run_script
 
 
 def main() -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("folder", type=Path, help="the folder of images")
-    parser.add_argument(
-        "--model",
-        help="a run's folder, a weights folder or a Hub id; if none is given, the newest runs/*/best (runs on digits "
-        "aside), else the weights shipped in the package",
-    )
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument(
         "--output", default="predictions.csv", help="a .csv, .jsonl or .parquet file; - is CSV on stdout"
     )
@@ -34,7 +30,7 @@ def main() -> int:
         action="store_true",
         help="only make images grey and 28x28: they are like the training images already",
     )
-    parser.add_argument("--workers", type=int, help="threads that read images and predict; a core each if not given")
+    parser.add_argument("--workers", type=int, help="threads that read images and predict (default: one a core)")
     options = parser.parse_args()
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: give at least 1")

@@ -2,23 +2,17 @@
 
 from pathlib import Path
 
-from mnist_accel.cli import CommandLine, UserError, is_first_rank, run_script
+from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, is_first_rank, run_script
 
 MOST = 1000  # a picture of more is too large to look at
 
 
 def main() -> int:
     parser = CommandLine(description=__doc__)
-    parser.add_argument(
-        "--model",
-        help="a run's folder, a weights folder or a Hub id; if none is given, the newest runs/*/best (runs on digits "
-        "aside), else the weights shipped in the package",
-    )
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
     parser.add_argument("--num-samples", type=int, default=10, help=f"images to draw, at most {MOST}")
-    parser.add_argument(
-        "--seed", type=int, help="the same seed chooses the same images; by default they differ each time"
-    )
+    parser.add_argument("--seed", type=int, help="the same seed chooses the same images (default: others each time)")
     parser.add_argument("--output", type=Path, default=Path("random_samples_test.png"), help="the picture")
     options = parser.parse_args()
     if not 1 <= options.num_samples <= MOST:

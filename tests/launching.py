@@ -1,7 +1,8 @@
-"""Starts real training processes quickly: they are forked from a server that has imported torch and computed nothing."""
+"""Starts the scripts in real processes quickly: forked from a server that has imported torch and computed nothing."""
 
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -9,7 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
+Fault = Callable[[], None] | None
 _CONTEXT.set_forkserver_preload(
     ["torch", "accelerate", "mnist_accel.trainer", "torch._dynamo", "matplotlib.figure", "tensorboard.compat"]
 )
@@ -21,32 +24,36 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _train(options: list[str], environment: dict[str, str], log: str, fault: Callable[[], None] | None) -> None:
+def _run(
+    script: str, options: list[str], place: Path | None, environment: dict[str, str], log: str, fault: Fault
+) -> None:
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.argv = ["train.py", *options]
+    os.chdir(place or Path.cwd())
+    sys.argv = [script, *options]
     if fault is not None:
         fault()
-    from mnist_accel.cli import run_script
-    from mnist_accel.config import parse_config
-    from mnist_accel.trainer import Trainer
-
-    run_script(lambda: Trainer(parse_config()).run())
+    runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
 
 
 class Job:
-    """A training in one or more processes on this machine, with a hard time limit."""
+    """A script in one or more processes on this machine, with a hard time limit; `fault` is called before it.
+
+    The processes start in `place`, by default where this one is; `folder` takes what they print.
+    """
 
     def __init__(
         self,
         options: list[str],
         folder: Path,
         processes: int = 1,
-        fault: Callable[[], None] | None = None,
+        fault: Fault = None,
         environment: dict[str, str] | None = None,
         faulty_rank: int = 0,
+        script: str = "train.py",
+        place: Path | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(processes)]
@@ -57,9 +64,10 @@ class Job:
         self.processes = []
         for rank, log in enumerate(self.logs):
             log.unlink(missing_ok=True)
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared if processes > 1 else {"OMP_NUM_THREADS": "1"}
-            arguments = (options, place | (environment or {}), str(log), fault if rank == faulty_rank else None)
-            self.processes.append(_CONTEXT.Process(target=_train, args=arguments, daemon=True))
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared if processes > 1 else {"OMP_NUM_THREADS": "1"}
+            own |= environment or {}
+            arguments = (script, options, place, own, str(log), fault if rank == faulty_rank else None)
+            self.processes.append(_CONTEXT.Process(target=_run, args=arguments, daemon=True))
             self.processes[-1].start()
 
     def wait(self, seconds: float = 60) -> list[int]:

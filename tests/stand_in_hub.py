@@ -1,25 +1,47 @@
-"""A Hub on loopback for tests: it serves one folder under every id `test/...` and can fail in the ways a Hub fails."""
+"""A Hub on loopback for tests: it serves data sets and models, takes uploads, and can fail in the ways a Hub fails."""
 
+import base64
 import hashlib
 import json
 import threading
 from collections.abc import Callable
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "0123456789" * 4
+Files = dict[str, bytes]
+NONE = "0" * 40
+
+
+def read_files(folder: Path) -> Files:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def use_hub(endpoint: str, cache: str) -> None:
+    """Point huggingface_hub here; it has read its environment when it was imported."""
+    from huggingface_hub import constants
+
+    constants.ENDPOINT = endpoint
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE = cache
 
 
 class StandInHub:
-    """Serves `folder` until closed; `fault` (path -> what to do) may be set at any time, `paths` are those asked for.
+    """Serves until closed; `fault` (request -> what to do) may be set at any time, `paths` are the requests so far.
 
     A fault is "" for none, "hang" (accept and never answer), "cut" (half of the body, then silence) or a status code.
+
+    Attributes:
+        dataset: the folder's files, served as every data set whose id matches the pattern.
+        models: the files of each model repository by its id; uploads, which need any token, change them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    def __init__(self, folder: Path | None = None, pattern: str = "test/*") -> None:
+        self.dataset, self.pattern = read_files(folder) if folder else {}, pattern
+        self.models: dict[str, Files] = {}
+        self.large_files: Files = {}  # by their SHA-256, uploaded and not yet part of a commit
         self.fault: Callable[[str], str] = lambda path: ""
         self.paths: list[str] = []
         self.closing = threading.Event()
@@ -34,9 +56,18 @@ class StandInHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def entry(self, name: str) -> dict[str, Any]:
-        oid = hashlib.sha1(self.files[name]).hexdigest()
-        return {"type": "file", "path": name, "size": len(self.files[name]), "oid": oid}
+    def repository(self, kind: str, hub_id: str) -> Files | None:
+        if kind == "datasets":
+            return self.dataset if fnmatch(hub_id, self.pattern) else None
+        return self.models.get(hub_id)
+
+
+def commit_of(files: Files) -> str:
+    return hashlib.sha1(b"".join(name.encode() + data for name, data in sorted(files.items()))).hexdigest()
+
+
+def entry(files: Files, name: str) -> dict[str, Any]:
+    return {"type": "file", "path": name, "size": len(files[name]), "oid": hashlib.sha1(files[name]).hexdigest()}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -49,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     def reply(self, body: Any, status: int = 200, cut: bool = False, **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), "X-Repo-Commit": COMMIT, **headers}.items():
+        for key, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -66,38 +97,82 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.closing.wait()
         elif fault.isdigit():
             self.reply({"error": "fault"}, int(fault))
-        elif not path.removeprefix("/api").startswith("/datasets/test/"):
-            self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        elif path.startswith("/api/"):
-            self.answer_api(path, body)
+        elif path.startswith(("/api/repos/", "/api/validate-yaml", "/large-files/")):
+            self.answer_upload(path, body)
         else:
-            self.answer_file(path.split("/", 6)[-1], cut=fault == "cut")
+            # /api/models/OWNER/NAME/..., /OWNER/NAME/resolve/REVISION/FILE, and /datasets/... before the latter
+            parts = path.removeprefix("/api").strip("/").split("/")
+            kind = parts.pop(0) if parts[0] in ("datasets", "models") else "models"
+            hub_id, rest = "/".join(parts[:2]).removesuffix(".git"), parts[2:]
+            files = self.hub.repository(kind, hub_id)
+            if files is None:
+                self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+            elif rest[:1] == ["resolve"]:
+                self.answer_file(files, "/".join(rest[2:]), cut=fault == "cut")
+            elif rest[:1] in (["preupload"], ["info"], ["commit"]):
+                self.answer_commit(hub_id, files, rest[0], body)
+            else:
+                self.answer_api(hub_id, files, rest, body)
 
-    def answer_api(self, path: str, body: bytes) -> None:
-        _, _, _, owner, name, *rest = path.split("/")
-        files = self.hub.files
+    def answer_api(self, hub_id: str, files: Files, rest: list[str], body: bytes) -> None:
         if rest[:1] == ["tree"]:
             folder = "/".join(rest[2:])
-            inside = [self.hub.entry(name) for name in files if str(Path(name).parent) == (folder or ".")]
+            inside = [entry(files, name) for name in files if str(Path(name).parent) == (folder or ".")]
             folders = {str(Path(name).parent) for name in files} - {"."}
-            below = [{"type": "directory", "path": f, "size": 0, "oid": COMMIT} for f in folders if not folder]
+            below = [{"type": "directory", "path": f, "size": 0, "oid": NONE} for f in folders if not folder]
             found = inside + below
             self.reply(found) if found else self.reply({"error": "none"}, 404, X_Error_Code="EntryNotFound")
         elif rest[:1] == ["paths-info"]:
-            self.reply([self.hub.entry(name) for name in json.loads(body)["paths"] if name in files])
+            self.reply([entry(files, name) for name in json.loads(body)["paths"] if name in files])
         else:
             siblings = [{"rfilename": name} for name in files]
-            self.reply({"id": f"{owner}/{name}", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+            self.reply({"id": hub_id, "sha": commit_of(files), "private": False, "tags": [], "siblings": siblings})
 
-    def answer_file(self, name: str, cut: bool) -> None:
-        if name not in self.hub.files:
+    def answer_file(self, files: Files, name: str, cut: bool) -> None:
+        if name not in files:
             return self.reply({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
-        oid, data = self.hub.entry(name)["oid"], self.hub.files[name]
+        data = files[name]
+        headers = {"ETag": f'"{entry(files, name)["oid"]}"', "X_Repo_Commit": commit_of(files)}
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             end = min(int(last or len(data) - 1), len(data) - 1)
             whole = f"bytes {first}-{end}/{len(data)}"
-            return self.reply(data[int(first) : end + 1], 206, cut, ETag=f'"{oid}"', Content_Range=whole)
-        self.reply(data, 200, cut, ETag=f'"{oid}"', Accept_Ranges="bytes")
+            return self.reply(data[int(first) : end + 1], 206, cut, Content_Range=whole, **headers)
+        self.reply(data, 200, cut, Accept_Ranges="bytes", **headers)
 
-    do_GET = do_HEAD = do_POST = answer
+    # Uploads
+
+    def answer_upload(self, path: str, body: bytes) -> None:
+        if path.startswith("/large-files/"):
+            self.hub.large_files[path.rpartition("/")[2]] = body
+            self.reply({})
+        elif path == "/api/validate-yaml":
+            self.reply({"errors": [], "warnings": []})
+        elif not self.headers.get("Authorization"):
+            self.reply({"error": "Invalid username or password."}, 401)
+        else:
+            wanted = json.loads(body)
+            hub_id = f"{wanted['organization']}/{wanted['name']}"
+            self.hub.models.setdefault(hub_id, {})
+            self.reply({"url": f"{self.hub.endpoint}/{hub_id}"})
+
+    def answer_commit(self, hub_id: str, files: Files, what: str, body: bytes) -> None:
+        if what == "preupload":  # large files go elsewhere first, as the Hub wants it for safetensors
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+            self.reply({"files": [{"path": n, "uploadMode": modes[n], "shouldIgnore": False} for n in names]})
+        elif what == "info":  # .git/info/lfs/objects/batch
+            objects = json.loads(body)["objects"]
+            for wanted in objects:
+                wanted["actions"] = {"upload": {"href": f"{self.hub.endpoint}/large-files/{wanted['oid']}"}}
+            self.reply({"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
+        else:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    files[line["value"]["path"]] = self.hub.large_files.pop(line["value"]["oid"])
+            oid = commit_of(files)
+            self.reply({"commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{hub_id}/commit/{oid}"})
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer

@@ -3,13 +3,14 @@
 import os
 import pickle
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from mnist_accel import checkpoint
-from mnist_accel.checkpoint import STATE_NAME, CheckpointWriter, complete_checkpoints, read_checkpoint
+from mnist_accel.checkpoint import STATE_NAME, CheckpointWriter, TrainState, complete_checkpoints, read_checkpoint
 from mnist_accel.cli import UserError
 
 
@@ -221,3 +222,16 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(folder, damage):
 def test_a_path_without_a_checkpoint_is_told_with_the_way_on(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint at .*--resume auto"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("metric, counts", [("accuracy", [0, 0, 1, 2, 3]), ("loss", [0, 1, 0, 1, 0])])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_early_stopping_counts_from_the_first_best_epoch_of_its_measure(metric, counts, resumed):
+    state, counted, best = TrainState(), [], []
+    for epoch, (accuracy, loss) in enumerate([(0.5, 1.0), (0.8, 1.2), (0.8, 0.9), (0.7, 0.9), (0.75, 0.8)], 1):
+        if resumed:
+            state = TrainState(**asdict(state))
+        best.append(state.record_epoch({"epoch": epoch, "eval_accuracy": accuracy, "eval_loss": loss}, metric))
+        counted.append(state.epochs_without_improvement)
+    assert counted == counts
+    assert best == [True, True, False, False, False] and (state.best_epoch, state.best_accuracy) == (2, 0.8)

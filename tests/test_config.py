@@ -44,6 +44,8 @@ def test_the_config_that_a_run_leaves_repeats_it(tmp_path):
         (["--no-such-option", "1"], "--no-such-option"),
         (["--model", "resnet"], "mnist_net"),
         (["--optimizer", "lion"], "adam"),
+        (["--early-stopping-metric", "f1"], "accuracy, loss"),
+        (["--push-to-hub", "digits"], "USER/NAME"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "many"], "--epochs"),
         (["--learning-rate", "nan"], "--learning-rate"),

@@ -18,9 +18,9 @@ datasets = pytest.importorskip("datasets")
 # process of its own. The Hub is given less time than users give it, to keep the tests short.
 WORKER = """
 import json, sys
-from mnist_accel import data, data_hub
+from mnist_accel import data, hub
 from mnist_accel.cli import UserError
-data_hub.HUB_SECONDS = 1.0
+hub.HUB_SECONDS = 1.0
 print("ready", flush=True)
 for line in sys.stdin:
     try:

@@ -305,6 +305,7 @@ def test_help_answers_without_torch(script):
     result = run_without_torch(script, "--help")
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("usage: ") and "--help" in result.stdout
+    assert "None" not in result.stdout and "False" not in result.stdout, "a default is said in words"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

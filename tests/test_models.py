@@ -4,12 +4,10 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stand_in_hub import StandInHub
 from torch import nn
 
 import mnist_accel
@@ -239,77 +237,3 @@ def test_a_file_and_an_empty_folder_are_refused(folder, tmp_path):
     refused(folder / "model.safetensors", "no model folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no model.safetensors")
-
-
-# The Hub
-
-
-class ModelHub(StandInHub):
-    """Serves a weights folder as the model `test/digits`; every other id is unknown."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        handler: Any = self.server.RequestHandlerClass
-
-        def answer_model(self: Any) -> None:
-            # Models have no prefix in their addresses: /OWNER/NAME/resolve/REVISION/FILE.
-            path = self.path.partition("?")[0]
-            self.hub.paths.append(f"{self.command} {path}")
-            if path.startswith("/test/digits/resolve/"):
-                self.answer_file(path.split("/", 5)[-1], cut=False)
-            else:
-                self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-
-        handler.do_GET = handler.do_HEAD = answer_model
-
-
-@pytest.fixture
-def hub(folder, tmp_path, monkeypatch):
-    hub = ModelHub(folder)
-    from huggingface_hub import constants
-
-    # The library reads its environment once, when it is first imported.
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    yield hub
-    hub.close()
-
-
-def test_a_model_of_the_hub_is_downloaded_once_and_loaded(hub, model):
-    assert torch.equal(load_model("test/digits")(images()), model(images()))
-    assert {Path(path).name for path in hub.paths if "/resolve/" in path} == {"config.json", "model.safetensors"}
-    hub.close()
-    assert torch.equal(load_model("test/digits")(images()), model(images())), "from the cache, without the Hub"
-
-
-def test_a_model_that_the_hub_does_not_have_is_told(hub):
-    refused("test/nothing", "no folder test/nothing", "Hub")
-
-
-@pytest.fixture
-def pauses(monkeypatch) -> list[float]:
-    """The waits between repeated requests, in seconds; they are noted and not waited for."""
-    waited: list[float] = []
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waited.append)
-    return waited
-
-
-def test_a_hub_out_of_reach_is_told(hub, pauses):
-    hub.close()
-    refused("test/digits", "no folder test/digits", "Hub")
-
-
-@pytest.mark.xfail(strict=True, reason="load_model leaves huggingface_hub to its five repetitions, 23 seconds in all")
-def test_a_hub_out_of_reach_is_told_soon(hub, pauses):
-    hub.close()
-    refused("test/digits", "Hub")
-    assert sum(pauses) < 10
-
-
-def test_a_repository_without_weights_is_told(hub):
-    del hub.files["model.safetensors"]
-    refused("test/digits", "Hub")

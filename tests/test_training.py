@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,24 @@ def test_the_counter_of_early_stopping_survives_a_resume(small_dataset, tmp_path
     assert read_checkpoint(folder / "checkpoints" / "step_00000030")["state"]["epochs_without_improvement"] == 2
     run(small_dataset, folder, *options, "--resume", "auto")
     assert [row.get("epoch") for row in rows(folder)] == [1, 2, 3, 4, None]
+
+
+def test_early_stopping_may_watch_the_loss_also_across_a_resume(small_dataset, tmp_path, monkeypatch):
+    losses, original = chain([3.0, 2.0], repeat(1.0)), trainer.evaluate_on_all_ranks
+
+    def falling(*args):
+        result, logits = original(*args)
+        return replace(result, loss=next(losses)), logits
+
+    monkeypatch.setattr(trainer, "evaluate_on_all_ranks", falling)
+    # At rate zero the accuracy of the first epoch stays the best, but the loss falls until the third.
+    options = ["--epochs", "9", "--learning-rate", "0", "--early-stopping-patience", "2"]
+    options += ["--early-stopping-metric", "loss"]
+    folder = run(small_dataset, tmp_path / "run", *options, "--max-steps", str(4 * STEPS))
+    assert read_checkpoint(folder / "checkpoints" / "step_00000040")["state"]["epochs_without_improvement"] == 1
+    run(small_dataset, folder, *options, "--resume", "auto")
+    *epochs, final = rows(folder)
+    assert [row["epoch"] for row in epochs] == [1, 2, 3, 4, 5] and final["best_epoch"] == 1
 
 
 def test_of_equally_good_epochs_the_first_is_kept(plain, tmp_path):
