@@ -117,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_api(self, hub_id: str, files: Files, rest: list[str], body: bytes) -> None:
         if rest[:1] == ["tree"]:
             folder = "/".join(rest[2:])
-            inside = [entry(files, name) for name in files if str(Path(name).parent) == (folder or ".")]
+            everything = "recursive=true" in self.path.lower() and not folder
+            inside = [entry(files, name) for name in files if everything or str(Path(name).parent) == (folder or ".")]
             folders = {str(Path(name).parent) for name in files} - {"."}
             below = [{"type": "directory", "path": f, "size": 0, "oid": NONE} for f in folders if not folder]
             found = inside + below
