@@ -105,6 +105,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", _positive_int)
     augment: bool = option(False, "distort whole batches at random: rotation, translation, scale, shear")
     augmentation: str = option("affine", "which distortions --augment draws", choices=AUGMENTATION_NAMES)
+    non_digits: int = option(
+        0, "pictures of what is no digit to train on as well, each class as likely for them", _count
+    )
     validation_size: int = option(
         0, "training images held out to choose best/; 0: each epoch evaluates on the test split", _count
     )

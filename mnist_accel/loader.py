@@ -15,8 +15,20 @@ from mnist_accel.cli import UserError
 from mnist_accel.data import Split
 from mnist_accel.seeding import generator
 
-# Pads the last global batch of an epoch to full size: cross_entropy gives these no loss and no gradient.
-IGNORED_LABEL = -100
+# Labels beside the classes, counted from the end of `label_targets`: what pads the last global batch of an epoch to
+# full size, and pictures that show no digit at all.
+IGNORED_LABEL, NO_DIGIT = -1, -2
+
+
+def label_targets(num_classes: int, label_smoothing: float = 0.0) -> Tensor:
+    """What the network is asked for at each label: float (C + 2, C), a row of probabilities to index by the label.
+
+    The class's own, smoothed; for `NO_DIGIT` every class alike; for `IGNORED_LABEL` zeros, so that such an image adds
+    neither loss nor gradient.
+    """
+    classes = torch.eye(num_classes) * (1 - label_smoothing) + label_smoothing / num_classes
+    no_digit = torch.full((1, num_classes), 1 / num_classes)
+    return torch.cat([classes, no_digit, torch.zeros(1, num_classes)])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from mnist_accel.data import Split, load_data
 from mnist_accel.distributed import StopSignals, agree, build_accelerator, choose_kernels, together
 from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
 from mnist_accel.hub import upload_folder
-from mnist_accel.loader import IGNORED_LABEL, ResidentLoader, hold_out
+from mnist_accel.loader import ResidentLoader, hold_out, label_targets
 from mnist_accel.micro_batch import halvings_to_fit
 from mnist_accel.models import DigitClassifier, build_model, load_model
 from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
@@ -54,6 +54,10 @@ class Trainer:
         if config.validation_size:
             train_split, self.eval_split = hold_out(self.data.train, config.validation_size, config.seed)
             self.eval_name = "validation"
+        if config.non_digits:
+            from mnist_accel.non_digits import with_non_digits
+
+            train_split = with_non_digits(train_split, config.non_digits, config.seed)
         self.loader = self._build_loader(train_split)
 
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -87,9 +91,8 @@ class Trainer:
         self.reporter.announce(self.data, self.network, self.loader, len(self.eval_split.labels))
         resumed = f", resumed after step {state.step:,}" if state.step else ""
         self.reporter.say(f"Run: {self.folder.path}, {self.last_step:,} steps{resumed}")
-        criterion = nn.CrossEntropyLoss(
-            reduction="sum", ignore_index=IGNORED_LABEL, label_smoothing=config.label_smoothing
-        )
+        criterion = nn.CrossEntropyLoss(reduction="sum")
+        targets = label_targets(len(self.data.class_names), config.label_smoothing).to(accelerator.device)
         # The gradient is that of the mean over the global batch, also for a short last one: the sum over a micro-batch
         # is divided by the images in the global batch, and what `backward` (by micro-batches) and DDP (by processes)
         # divide by is multiplied back in.
@@ -109,7 +112,7 @@ class Trainer:
                     )
                     for images, labels in batch.micro_batches:
                         with accelerator.accumulate(self.model):
-                            loss = criterion(self.model(images), labels)
+                            loss = criterion(self.model(images), targets[labels])
                             accelerator.backward(loss * (gradient_scale / batch.size))
                             self.loss_sum += loss.detach()
                             if accelerator.sync_gradients:
@@ -317,8 +320,7 @@ class Trainer:
         if self.config.push_to_hub:
             with together(self.accelerator):
                 if self.is_main:
-                    address = upload_folder(self.folder.path / "best", self.config.push_to_hub)
-                    self.reporter.say(f"Uploaded: {address}")
+                    self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', self.config.push_to_hub)}")
         return 0
 
     def _stop(self, stop_signal: int) -> int:

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mnist_accel.augment import AUGMENTATIONS
 from mnist_accel.cli import UserError
 from mnist_accel.data import Split
-from mnist_accel.loader import IGNORED_LABEL, ResidentLoader, hold_out
+from mnist_accel.loader import IGNORED_LABEL, NO_DIGIT, ResidentLoader, hold_out, label_targets
 
 
 def numbered(count: int) -> Split:
@@ -91,3 +92,14 @@ def test_held_out_images_are_stratified_and_kept_from_training(size):
 def test_holding_out_everything_is_refused():
     with pytest.raises(UserError, match="validation-size"):
         hold_out(numbered(10), 10, seed=0)
+
+
+def test_targets_ask_for_the_class_smoothed_for_no_class_in_particular_or_for_nothing():
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, 0, 9, 9])
+    asked = label_targets(10, 0.1)[torch.cat([labels, torch.tensor([NO_DIGIT, IGNORED_LABEL])])]
+    losses = F.cross_entropy(logits, asked, reduction="none")
+    expected = F.cross_entropy(logits[:4], labels, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(losses[:4], expected)
+    torch.testing.assert_close(losses[4], -logits[4].log_softmax(0).mean())
+    assert losses[5] == 0
