@@ -114,10 +114,8 @@ def hub(tmp_path_factory) -> Iterator[StandInHub]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, hub) -> Path:
-    """A folder with the repository's own files, three runs, images, and MNIST's files in `mnist`."""
+    """A folder with three runs, images, and MNIST's files in `mnist`."""
     place = tmp_path_factory.mktemp("place")
-    shutil.copy(ROOT / "accelerate_config.yaml", place)
-    shutil.copytree(ROOT / "scripts", place / "scripts")
     for name, data in hub.dataset.items():
         (place / "mnist" / name).parent.mkdir(parents=True, exist_ok=True)
         (place / "mnist" / name).write_bytes(data)
@@ -145,15 +143,9 @@ def start(
     own = {"HF_HOME": str(place / "hf_home"), "HF_TOKEN": "hf_test", "HF_ENDPOINT": hub.endpoint}
     own |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     here = partial(use_hub, hub.endpoint, str(place / "hf_home" / "hub"))
-    shortened = [*options, *SHORTENED.get(script, [])]
-    job = {
-        "script": script,
-        "place": place,
-        "processes": processes,
-        "fault": here,
-        "environment": {**(environment or {}), **own},
-    }
-    return train(shortened, place / "logs", seconds=150, **job)
+    job = {"script": script, "place": place, "processes": processes, "fault": here}
+    options = [*options, *SHORTENED.get(script, [])]
+    return train(options, place / "logs", seconds=150, environment={**(environment or {}), **own}, **job)
 
 
 # What a command is
