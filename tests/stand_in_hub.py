@@ -31,7 +31,8 @@ def use_hub(endpoint: str, cache: str) -> None:
 class StandInHub:
     """Serves until closed; `fault` (request -> what to do) may be set at any time, `paths` are the requests so far.
 
-    A fault is "" for none, "hang" (accept and never answer), "cut" (half of the body, then silence) or a status code.
+    A fault is "" for none, "hang" (accept and never answer), "cut" (half of the body, then silence), "gated" (the
+    repository's terms are not accepted) or a status code.
 
     Attributes:
         dataset: the folder's files, served as every data set whose id matches the pattern.
@@ -97,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.closing.wait()
         elif fault.isdigit():
             self.reply({"error": "fault"}, int(fault))
+        elif fault == "gated":
+            self.reply({"error": "Access is restricted"}, 403, X_Error_Code="GatedRepo")
         elif path.startswith(("/api/repos/", "/api/validate-yaml", "/large-files/")):
             self.answer_upload(path, body)
         else:

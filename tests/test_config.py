@@ -31,6 +31,11 @@ def test_a_file_beats_defaults_and_the_command_line_beats_the_file(tmp_path):
     assert parse_config(["--config", str(file), "--no-augment"]).augment is False
 
 
+def test_an_empty_file_changes_nothing(tmp_path):
+    (tmp_path / "options.yaml").write_text("# nothing yet\n")
+    assert parse_config(["--config", str(tmp_path / "options.yaml")]) == TrainConfig()
+
+
 def test_the_config_that_a_run_leaves_repeats_it(tmp_path):
     config = parse_config(["--max-steps", "7", "--resume", "auto", "--checkpoint-every", "5", "--augment"])
     file = tmp_path / "config.yaml"
@@ -48,6 +53,7 @@ def test_the_config_that_a_run_leaves_repeats_it(tmp_path):
         (["--push-to-hub", "digits"], "USER/NAME"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "many"], "--epochs"),
+        (["--seed", "-1"], "--seed"),
         (["--learning-rate", "nan"], "--learning-rate"),
         (["--dropout", "1.5"], "--dropout"),
         (["--batch", "64"], "--batch"),

@@ -99,6 +99,11 @@ def test_a_repository_without_weights_is_told(hub):
     refused("test/digits", "test/digits", "Hub", "model.safetensors")
 
 
+def test_a_gated_model_is_told_with_the_way_in(hub):
+    hub.fault = lambda path: "gated"
+    refused("test/digits", "test/digits is gated", "accept its terms", "hf auth login")
+
+
 @pytest.mark.parametrize("how", ["closed", "503", "hang"])
 def test_a_hub_out_of_reach_is_told_soon_and_quietly(hub, pauses, capfd, how):
     bring_down(hub, how)

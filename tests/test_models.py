@@ -208,7 +208,9 @@ def test_a_missing_description_is_refused(folder):
     "text",
     ["{", "[]", "{}", "null", '{"model": "mnist_net"}', '{"model": 3, "class_names": ["0"]}', "\udcff",
      '{"model": "mnist_net", "class_names": []}', '{"model": "mnist_net", "class_names": [0, 1]}',
-     '{"model": "mnist_net", "class_names": ["0"], "temperature": "warm"}'],
+     '{"model": "mnist_net", "class_names": ["0"], "temperature": "warm"}',
+     '{"model": "mnist_net", "class_names": ["0"], "temperature": -1}',
+     '{"model": "mnist_net", "class_names": ["0"], "no_digit_level": NaN}'],
 )  # fmt: skip
 def test_a_description_that_is_none_is_refused(folder, text):
     (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
