@@ -8,19 +8,27 @@ image, the digit or its stroke width, and all thresholds to the image's own cont
 same result from a 16-pixel scan and from a 12-megapixel photo. Imports no torch.
 """
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mnist_accel.ink import Ink, find_digit
+from mnist_accel.image_files import Seen, readable
+from mnist_accel.ink import Ink, box_of, find_digit, fitted
 
 SIDE, BOX = 28, 20
 # What Pillow may try: pixels only. Its other decoders run Ghostscript on the file, or follow it to other files.
-FORMATS = ["PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "PCX", "ICO"]
+FORMATS = ["PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "PCX", "ICO", "HEIF"]
+with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 Image.init()  # Pillow cannot be asked for formats that it has not loaded yet, and builds differ in what they have.
 FORMATS = [name for name in FORMATS if name in Image.OPEN]
+HEIC_STARTS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
 # No image may unpack to more pixels: few cameras make more, and a few kilobytes can claim billions. (Larger JPEG files
 # are fine: they are decoded at a reduced size.)
 MAX_PIXELS = 100_000_000
@@ -45,6 +53,16 @@ def read_digit(path: str | Path) -> np.ndarray:
     return to_mnist(read_image(path))
 
 
+def see(folder: bytes, path: bytes, as_is: bool, with_picture: bool) -> Seen:
+    """What reading an image file gives; with `as_is` the digit is the whole image, only made grey and 28x28."""
+    try:
+        pixels = read_image(os.fsdecode(os.path.join(folder, path)))
+        digit = resized(pixels) if as_is else to_mnist(pixels)
+        return Seen(readable(path), digit, thumbnail(pixels) if with_picture else None)
+    except ImageError as error:
+        return Seen(readable(path), error=str(error))
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """The pixels of an image file, (H, W), (H, W, 3) or (H, W, 4), uint8, or uint16 where it holds more than 8 bits.
 
@@ -64,11 +82,14 @@ def read_image(path: str | Path) -> np.ndarray:
     except Exception as error:
         # Pillow's decoders raise whatever a damaged file makes them trip over: OSError, SyntaxError, struct.error,
         # zlib.error, ValueError, KeyError, IndexError, ... and a user's folder must be read to its end all the same.
-        raise ImageError(_reason(error)) from error
+        raise ImageError(_reason(error, path)) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, UnidentifiedImageError):
+        with open(path, "rb") as file:
+            if file.read(12)[4:] in HEIC_STARTS and "HEIF" not in FORMATS:
+                return "a HEIC image: to read these, pip install pillow-heif"
         return "not an image, or of a format that is not supported"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels: a decompression bomb?"
@@ -100,31 +121,30 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 def _reduced(pixels: np.ndarray) -> np.ndarray:
     """The same array, or one averaged down to READ_SIDE."""
-    height, width = pixels.shape[:2]
-    longest = max(height, width)
-    if longest <= READ_SIDE:
-        return pixels
-    size = max(1, round(width * READ_SIDE / longest)), max(1, round(height * READ_SIDE / longest))
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return pixels if max(pixels.shape[:2]) <= READ_SIDE else fitted(pixels, READ_SIDE)
+
+
+def _in_unit_range(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 1 or 3) float32 in 0..1, transparency laid over paper."""
+    return _over_paper(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
+
+
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def thumbnail(pixels: np.ndarray, side: int = 56) -> np.ndarray:
     """The image at `side` pixels on its longest side, (h, w, 3) uint8 RGB, transparency laid over paper."""
-    values = _over_paper(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
-    height, width = values.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(values, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
-    return np.rint(np.clip(np.broadcast_to(small.reshape(*size[::-1], -1), (*size[::-1], 3)), 0, 1) * 255).astype(
-        np.uint8
-    )
+    values = _in_unit_range(pixels)
+    small = fitted(values, side, how=cv2.INTER_AREA if max(values.shape[:2]) > side else cv2.INTER_NEAREST)
+    return _as_bytes(cv2.cvtColor(small, cv2.COLOR_GRAY2RGB) if small.ndim == 2 else small)
 
 
 def resized(pixels: np.ndarray) -> np.ndarray:
     """(28, 28) uint8: the whole image, made grey and squeezed to the network's size, and nothing else."""
-    values = _over_paper(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
+    values = _in_unit_range(pixels)
     grey = values[..., 0] if values.shape[2] == 1 else cv2.cvtColor(values, cv2.COLOR_RGB2GRAY)
-    return np.rint(np.clip(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA), 0, 1) * 255).astype(np.uint8)
+    return _as_bytes(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA))
 
 
 def to_mnist(pixels: np.ndarray) -> np.ndarray:
@@ -151,9 +171,7 @@ def to_mnist(pixels: np.ndarray) -> np.ndarray:
             for candidate in (grey, 255 - grey):
                 if follows_mnist_rule(candidate):
                     return candidate
-    values = _reduced(pixels).astype(np.float32) / np.iinfo(pixels.dtype).max
-    contrast = _one_channel(_over_paper(values))
-    digit = _find(contrast)
+    digit = _find(_one_channel(_in_unit_range(_reduced(pixels))))
     return np.zeros((SIDE, SIDE), np.uint8) if digit is None else _set_in_box(digit)
 
 
@@ -170,34 +188,21 @@ def _exact_grey(pixels: np.ndarray) -> np.ndarray | None:
     return np.ascontiguousarray(pixels[..., 0]) if grey else None
 
 
-_CENTRES = np.arange(SIDE) + 0.5
-
-
 def follows_mnist_rule(image: np.ndarray) -> bool:
     """Whether (28, 28) uint8 pixels are what MNIST's rule makes: a box of 20, peak ink, the centre in the middle."""
     if image.max() < 250:
         return False
-    rows, columns = image.sum(1, dtype=np.int64), image.sum(0, dtype=np.int64)
-    if (rows[0] and rows[-1]) or (columns[0] and columns[-1]):
-        return False
-    (top, height), (left, width) = _extent(rows), _extent(columns)
+    top, left, bottom, right = box_of(image > 0)
     # 19: faint ink at the box's end can round to zero.
-    if max(height, width) not in (BOX - 1, BOX):
+    if max(bottom - top, right - left) not in (BOX - 1, BOX):
         return False
-    total = rows.sum()
-    for sums, start, length in ((rows, top, height), (columns, left, width)):
-        centre = float(sums @ _CENTRES) / total
+    for start, end, sums in ((top, bottom, image.sum(1)), (left, right, image.sum(0))):
+        centre = float(sums @ (np.arange(SIDE) + 0.5)) / float(sums.sum())
         # int(15 - c) leaves the centre in [14, 15), unless the box met the edge before. The slack is MNIST's own.
-        clamped = (start == 0 and centre >= 14.9) or (start + length == SIDE and centre < 14.1)
+        clamped = (start == 0 and centre >= 14.9) or (end == SIDE and centre < 14.1)
         if not (13.9 <= centre <= 15.1 or clamped):
             return False
     return True
-
-
-def _extent(sums: np.ndarray) -> tuple[int, int]:
-    """Start and length of the shortest run that holds all that is not zero."""
-    filled = np.flatnonzero(sums)
-    return int(filled[0]), int(filled[-1] - filled[0]) + 1
 
 
 def _over_paper(values: np.ndarray) -> np.ndarray:
@@ -228,13 +233,7 @@ def _one_channel(values: np.ndarray) -> np.ndarray:
     """
     if values.shape[2] == 1:
         return values[..., 0]
-    height, width = values.shape[:2]
-    small = values
-    if max(height, width) > 128:
-        scale = 128 / max(height, width)
-        small = cv2.resize(
-            values, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA
-        )
+    small = fitted(values, 128) if max(values.shape) > 128 else values
     reach = max(small.shape[:2]) // 4 * 2 + 1
     strokes = (small - cv2.blur(small, (reach, reach))).reshape(-1, 3)
     _, vectors = np.linalg.eigh(strokes.T.astype(np.float64) @ strokes)
@@ -271,25 +270,18 @@ def _find_at_working_size(grey: np.ndarray, tight: bool) -> Ink | None:
         factor = -(-SMALL_SIDE // longest)
         grey = cv2.resize(grey, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
     elif longest > LARGE_SIDE:
-        scale = LARGE_SIDE / longest
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        grey = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
+        grey = fitted(grey, LARGE_SIDE)
     return find_digit(grey, tight)
 
 
 def _set_in_box(digit: Ink) -> np.ndarray:
     """MNIST's last steps: the box to 20 by area average, peak ink to 255, the centre of mass to the middle."""
     top, left, bottom, right = digit.box
-    ink = digit.strength[top:bottom, left:right]
-    height, width = ink.shape
-    scale = BOX / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(ink, size, interpolation=cv2.INTER_AREA)
+    small = fitted(digit.strength[top:bottom, left:right], BOX)
     small = small * (255.0 / max(float(small.max()), 1e-6))
     result = np.zeros((SIDE, SIDE), np.uint8)
-    rows, columns = small.sum(1), small.sum(0)
     offsets = []
-    for sums in (rows, columns):
+    for sums in (small.sum(1), small.sum(0)):
         centre = float(sums @ (np.arange(len(sums)) + 0.5)) / float(sums.sum())
         offsets.append(min(max(int(SIDE / 2 + 1 - centre), 0), SIDE - len(sums)))
     y, x = offsets

@@ -21,6 +21,14 @@ class Ink:
     box: tuple[int, int, int, int]
 
 
+def fitted(image: np.ndarray, side: int, at_least: int = 1, how: int = cv2.INTER_AREA) -> np.ndarray:
+    """The image scaled so that its longest side is `side` pixels, its aspect ratio kept."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = max(at_least, round(width * scale)), max(at_least, round(height * scale))
+    return cv2.resize(image, size, interpolation=how)
+
+
 def find_digit(grey: Grey, tight: bool) -> Ink | None:
     """The ink of the digit in an image of either polarity; None where there is no ink.
 
@@ -45,8 +53,10 @@ def find_digit(grey: Grey, tight: bool) -> Ink | None:
         rest = strength * (1 - blur)
         digit = digit_parts(_inked(rest, noise), rest)
         # A zero that fills the image lies along its edges as a frame does: then nothing as large as a digit is left.
-        if digit is not None and _longest_side(digit) > 0.2 * max(digit.shape) and not _is_shading(strength, digit):
-            return sharpened(rest, digit)
+        if digit is not None and not _is_shading(strength, digit):
+            top, left, bottom, right = box_of(digit > 0)
+            if max(bottom - top, right - left) > 0.2 * max(digit.shape):
+                return sharpened(rest, digit)
     digit = digit_parts(mask, strength)
     return None if digit is None or _is_shading(strength, digit) else sharpened(strength, digit)
 
@@ -56,11 +66,6 @@ def _inked(strength: Grey, noise: float) -> Mask:
     # The peaks of normal noise stay below 6 standard deviations; less than 2 of 255 grey levels are rounding.
     ink = strength[strength > max(6 * noise, 0.25 * float(strength.max()), 2 / 255)]
     return (strength > (0.4 * float(np.median(ink)) if ink.size else np.inf)).astype(np.uint8)
-
-
-def _longest_side(mask: Mask) -> int:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(max(rows[-1] - rows[0], columns[-1] - columns[0])) + 1
 
 
 # --- paper and polarity ----------------------------------------------------------------------------------------------
@@ -73,10 +78,7 @@ def is_dark_ink(smooth: Grey, tight: bool) -> bool:
     smooth, whatever the shadows: filling in the paper between strokes leaves the digit's outline. Crops without paper
     around the digit are all outline; there, paper is what most of the edge and the corners show.
     """
-    height, width = smooth.shape
-    scale = 64 / max(height, width)
-    size = max(3, round(width * scale)), max(3, round(height * scale))
-    small = cv2.resize(smooth, size, interpolation=cv2.INTER_AREA)
+    small = fitted(smooth, 64, at_least=3)
     roughness = _roughness(small) - _roughness(1 - small)
     if not tight:
         return roughness < 0
@@ -283,23 +285,19 @@ def sharpened(strength: Grey, digit: Mask) -> Ink | None:
     peak = float(np.percentile(strength[digit > 0], 75))
     near = cv2.dilate(digit, np.ones((5, 5), np.uint8))
     sharp: Grey = np.clip((strength / peak - 0.25) / 0.5, 0, 1).astype(np.float32) * near
-    box = _box(sharp)
-    if box is None:
+    if not (sharp > 0.5).any():
         return None
-    top, left, bottom, right = box
+    top, left, bottom, right = box_of(sharp > 0.5)
     pen = stroke_width((sharp[top:bottom, left:right] > 0.5).astype(np.uint8))
-    longest = max(bottom - top, right - left)
-    missing = MIN_PEN * longest - pen
+    missing = MIN_PEN * max(bottom - top, right - left) - pen
     if missing > 1:
         size = round(missing) + 1
         sharp = cv2.copyMakeBorder(sharp, size, size, size, size, cv2.BORDER_CONSTANT)
         sharp = cv2.dilate(sharp, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
-        box = _box(sharp)
-        assert box is not None
-    return Ink(sharp, box)
+    return Ink(sharp, box_of(sharp > 0.5))
 
 
-def _box(sharp: Grey) -> tuple[int, int, int, int] | None:
-    solid = sharp > 0.5
+def box_of(solid: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, bottom, right of all that is true in (H, W) bool, where anything is."""
     rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-    return (int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1) if rows.size else None
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1

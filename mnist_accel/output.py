@@ -1,6 +1,7 @@
 """Write rows of predictions to a file that is complete or not there at all."""
 
 import csv
+import glob
 import json
 import os
 import sys
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
+
+import psutil
 
 from mnist_accel.cli import UserError
 
@@ -52,6 +55,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield path
         return
     target = path.resolve()
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a process that was killed
+        if left.name.split(".")[-2].isdigit() and not psutil.pid_exists(int(left.name.split(".")[-2])):
+            left.unlink(missing_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary

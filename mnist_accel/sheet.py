@@ -35,11 +35,12 @@ def draw_sheet(items: Sequence[tuple["Row", int | None]], class_names: Sequence[
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, (row, label) in enumerate(items):
         x, y = GAP + i % columns * cell_width, GAP + i // columns * cell_height
-        assert row.picture is not None and row.seen is not None and row.prediction is not None
-        picture = Image.fromarray(row.picture)
+        assert row.file.picture is not None and row.file.digit is not None and row.prediction is not None
+        picture = Image.fromarray(row.file.picture)
         draw.rectangle((x, y, x + IMAGE - 1, y + IMAGE - 1), fill="#ececec")
         sheet.paste(picture, (x + (IMAGE - picture.width) // 2, y + (IMAGE - picture.height) // 2))
-        sheet.paste(Image.fromarray(row.seen).resize((IMAGE, IMAGE), Image.Resampling.NEAREST), (x + IMAGE + GAP, y))
+        seen = Image.fromarray(row.file.digit).resize((IMAGE, IMAGE), Image.Resampling.NEAREST)
+        sheet.paste(seen, (x + IMAGE + GAP, y))
         wrong = label is not None and label != row.prediction
         colour = TEXT if label is None else WRONG if wrong else RIGHT
         if wrong:

@@ -1,5 +1,6 @@
 """What a user wants to know of all rows together, counted as they pass."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ class Summary:
     total_confidence: float = 0.0
     unreadable: int = 0
     unlabelled: int = 0
+    began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         size = len(self.class_names)
@@ -32,7 +34,7 @@ class Summary:
         if label is not None:
             self.confusion[label, prediction] += 1
 
-    def text(self, seconds: float, labelled: bool) -> str:
+    def text(self, labelled: bool) -> str:
         """Counts, mean confidence, unreadable files and speed; with labels, accuracy and confusion matrix."""
         read = int(self.answered.sum())
         counts = "  ".join(f"{name}: {n}" for name, n in zip(self.class_names, self.answered, strict=True))
@@ -40,7 +42,7 @@ class Summary:
         lines = [
             counts,
             f"{read} images read{confidence}, {self.unreadable} could not be read, "
-            f"{(read + self.unreadable) / seconds:.0f} images/s",
+            f"{(read + self.unreadable) / (time.perf_counter() - self.began):.0f} images/s",
         ]
         if labelled:
             right, known = int(np.trace(self.confusion)), int(self.confusion.sum())

@@ -226,3 +226,16 @@ def test_no_decoder_runs_that_runs_other_programs(tmp_path: Path):
     (tmp_path / "page.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(ImageError, match="not an image"):
         read_image(tmp_path / "page.png")
+
+
+def test_a_phones_heic_is_read_or_its_reason_names_what_reads_it(tmp_path: Path):
+    if "HEIF" in images.FORMATS:
+        import pillow_heif
+
+        pillow_heif.from_pillow(Image.fromarray(paint(draw(4)))).save(tmp_path / "photo.heic", quality=90)
+        assert likeness(read_digit(tmp_path / "photo.heic"), reference(4)) > 0.9
+    (tmp_path / "damaged.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(
+        ImageError, match="damaged|not an image" if "HEIF" in images.FORMATS else "pip install pillow-heif"
+    ):
+        read_digit(tmp_path / "damaged.heic")

@@ -6,18 +6,23 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from drawn_digits import STROKES, draw, paint
 from PIL import Image
 from pyarrow import parquet
 
+from mnist_accel import image_files
 from mnist_accel import predict as predict_module
 from mnist_accel.cli import UserError
-from mnist_accel.image_files import find_images, readable
+from mnist_accel.image_files import Readers, find_images, in_order, readable
 from mnist_accel.images import read_digit
 from mnist_accel.models import SHIPPED, build_model, load_model, save_model
 from mnist_accel.output import write_table
@@ -115,14 +120,12 @@ def test_threads_do_not_change_a_byte(many, model, tmp_path):
     assert (tmp_path / "1.csv").read_bytes() == (tmp_path / "3.csv").read_bytes()
 
 
-def test_two_processes_write_the_same_file_byte_for_byte(many, model, tmp_path):
-    run(many, model, tmp_path / "one.csv", as_is=True, probabilities=True)
+def two_ranks(*arguments: object) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    arguments = [many, "--model", model, "--as-is", "--probabilities", "--output", tmp_path / "two.csv"]
-    ranks = [
+    return [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), *map(str, arguments)],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"},
@@ -130,6 +133,11 @@ def test_two_processes_write_the_same_file_byte_for_byte(many, model, tmp_path):
         )
         for rank in (0, 1)
     ]  # fmt: skip
+
+
+def test_two_processes_write_the_same_file_byte_for_byte(many, model, tmp_path):
+    run(many, model, tmp_path / "one.csv", as_is=True, probabilities=True)
+    ranks = two_ranks(many, "--model", model, "--as-is", "--probabilities", "--output", tmp_path / "two.csv")
     try:
         outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     finally:
@@ -140,15 +148,79 @@ def test_two_processes_write_the_same_file_byte_for_byte(many, model, tmp_path):
     assert "images/s" in outputs[0] and "images/s" not in outputs[1]
 
 
-def test_only_a_few_batches_are_read_ahead(many, model, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        predict_module, "_read", lambda path, *_: (read.append(path), (np.zeros((28, 28), np.uint8), None))[1]
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_killed_in_the_middle_leaves_the_old_file_and_the_next_run_clears_up(killed, model, tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir(), out.mkdir()
+    (out / "p.csv").write_text("old")
+    Image.fromarray(paint(draw(4, 600, 600))).save(folder / "first.png")
+    for i in range(20 * BATCH_SIZE):
+        os.link(folder / "first.png", folder / f"{i}.png")
+    ranks = two_ranks(folder, "--model", model, "--output", out / "p.csv")
+    try:
+        deadline = time.monotonic() + 100
+        # The temporary file exists for a moment before the work, too; only in the middle of the work it has a heading.
+        while not any(file.stat().st_size for file in out.glob(".p.csv.*.tmp")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ranks[killed].kill()
+        outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    survivor = ranks[1 - killed]
+    assert survivor.returncode == 2 and ranks[killed].returncode == -9, outputs
+    assert (out / "p.csv").read_text() == "old", outputs
+    (tmp_path / "few").mkdir()
+    (folder / "first.png").rename(tmp_path / "few" / "first.png")
+    assert len(run(tmp_path / "few", model, out / "p.csv")) == 1
+    assert [file.name for file in out.iterdir()] == ["p.csv"]
+
+
+def test_only_so_many_files_are_read_ahead():
+    taken = []
+    endless = (taken.append(i) or i for i in count())
+    with ThreadPoolExecutor(2) as pool:
+        answers = in_order(pool, str, endless, ahead=5)
+        assert len(taken) == 5, "it begins at once"
+        assert [next(answers) for _ in range(3)] == ["0", "1", "2"] and len(taken) == 8
+
+
+def test_files_that_kill_their_reader_get_a_row_and_cost_no_other(folder, monkeypatch):
+    """A decoder's crash, played by a program that ends itself by a signal when it comes to certain files."""
+    fatal = (
+        "import os, signal; from mnist_accel import images, image_files; read = images.read_image; "
+        "images.read_image = lambda p: os.kill(os.getpid(), signal.SIGSEGV) if p.endswith(('4.png', '.bmp')) "
+        "else read(p); image_files.serve()"
     )
-    batches = predict_module.predict(load_model(model), many, [b"x.png"] * 100 * BATCH_SIZE, workers=2)
-    next(batches)
-    assert len(read) < 10 * BATCH_SIZE
-    batches.close()
+    monkeypatch.setattr(image_files, "PROGRAM", fatal)
+    with Readers(folder, 2) as readers:
+        seen = list(readers.read((path, False) for path in find_images(folder)))
+    assert [file.path for file in seen] == PATHS
+    assert ["crashed" in (file.error or "") for file in seen] == [path in ("4.png", "b/deep/7.bmp") for path in PATHS]
+    assert sum(file.digit is not None for file in seen) == 4
+
+
+def test_readers_that_cannot_start_are_an_error_and_no_endless_loop(folder, monkeypatch):
+    monkeypatch.setattr(image_files, "PROGRAM", "raise SystemExit(3)")
+    with Readers(folder, 2) as readers, pytest.raises(RuntimeError, match="its message is above"):
+        next(readers.read([(b"4.png", False)]))
+
+
+def test_no_reader_outlives_who_asked(folder, tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from mnist_accel.image_files import Readers
+readers = Readers(Path(sys.argv[1]), 2)
+next(readers.read([(b"4.png", False)]))
+print(*(process.pid for process in readers._all), flush=True)
+time.sleep(60)
+"""
+    asking = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True)
+    readers = [psutil.Process(int(pid)) for pid in asking.stdout.readline().split()]
+    asking.kill()
+    asking.communicate()
+    assert len(readers) == 2 and not psutil.wait_procs(readers, timeout=20)[1]
 
 
 def test_labels_from_names_and_folders(folder, model, tmp_path, capsys):
@@ -216,10 +288,10 @@ def test_a_run_that_fails_leaves_the_old_file_and_nothing_else(folder, model, tm
     ({"sheet": Path("sheet.txt")}, "end in .png"),
     ({"model": "nowhere"}, "no model folder"),
 ])  # fmt: skip
-def test_mistakes_are_found_before_any_image_is_read(options, message, folder, model, tmp_path, monkeypatch):
+def test_mistakes_are_found_before_anything_is_written(options, message, folder, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("images.csv").mkdir()
-    monkeypatch.setattr(predict_module, "_read", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(predict_module, "write_rows", lambda *_: pytest.fail("rows were written"))
     with pytest.raises(UserError, match=message):
         predict_folder(folder, **{"model": str(model), "output": "p.csv"} | options)
 
