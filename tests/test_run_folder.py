@@ -1,0 +1,62 @@
+"""A run's folder is opened for its own run only, and what cannot be read or written there is told."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mnist_accel.checkpoint import STATE_NAME
+from mnist_accel.cli import UserError
+from mnist_accel.config import PROVENANCE, TrainConfig
+from mnist_accel.models import build_model
+from mnist_accel.run_folder import RunFolder, choose_folder
+
+CONFIG = TrainConfig(resume="auto", learning_rate=0.01)
+
+
+@pytest.fixture
+def died_early(tmp_path: Path) -> RunFolder:
+    """A run that was killed before its first checkpoint."""
+    content = replace(CONFIG, resume=None).options() | {PROVENANCE: {"dataset_fingerprint": "the same"}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(content))
+    return RunFolder(tmp_path / "run")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(died_early):
+    assert died_early.open(CONFIG, "the same") is None
+    (died_early.path / "config.yaml").write_text("{ half of")
+    assert died_early.open(CONFIG, "the same") is None
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_not_taken_over_by_another(died_early):
+    with pytest.raises(UserError, match=r"--learning-rate was 0\.01, is 0\.02"):
+        died_early.open(replace(CONFIG, learning_rate=0.02), "the same")
+    with pytest.raises(UserError, match="--dataset was other data"):
+        died_early.open(CONFIG, "another")
+
+
+def test_a_run_all_of_whose_checkpoints_are_damaged_is_not_started_over(died_early, capsys):
+    for step in (3, 6):
+        checkpoint = died_early.checkpoints / f"step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / STATE_NAME).write_bytes(b"half")
+    with pytest.raises(UserError, match="step_00000003 is damaged"):
+        died_early.open(CONFIG, "the same")
+    assert capsys.readouterr().out.count("warning: ") == 2
+
+
+@pytest.mark.parametrize("resume", ["runs/mine", "runs/mine/checkpoints/step_00000010"])
+def test_a_run_goes_on_in_the_folder_that_it_is_resumed_from_unless_another_is_given(resume):
+    assert choose_folder(TrainConfig(resume=resume)) == Path("runs/mine")
+    assert choose_folder(TrainConfig(resume=resume, output_dir="other")) == Path("other")
+    assert choose_folder(TrainConfig()).parent == Path("runs")
+
+
+def test_weights_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "best").write_text("a file where the folder should be")
+    facts = {"dataset": "digits", "split": "test", "accuracy": 0.5, "loss": 1.0, "epoch": 1, "step": 1, "options": {}}
+    with pytest.raises(UserError, match=r"best cannot be written.*--output-dir") as error:
+        RunFolder(tmp_path).write_weights("best", build_model("fast_net"), facts)
+    assert "\n" not in str(error.value)
