@@ -57,7 +57,7 @@ class Augmentation:
 
 AUGMENTATIONS = {
     "affine": Augmentation(),
-    "elastic": Augmentation(elastic=1.2),
+    "elastic": Augmentation(elastic=0.5),
     # For digits of other hands, pens and scanners than MNIST's.
     "handwriting": Augmentation(
         degrees=13, translation=2, scale=0.13, shear=0.25, elastic=0.9, stroke_width=0.9, resolution=0.3, contrast=0.6,

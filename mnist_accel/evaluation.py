@@ -18,7 +18,7 @@ from mnist_accel.data import Split
 from mnist_accel.models import DigitClassifier, load_model
 
 
-def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 1000) -> Tensor:
+def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 500) -> Tensor:
     """The logits of a model in eval mode; afterwards it is in the mode that it was in.
 
     Args:
@@ -128,7 +128,7 @@ def evaluate(
     split: Split,
     class_names: list[str],
     device: torch.device,
-    batch_size: int = 1000,
+    batch_size: int = 500,
 ) -> Evaluation:
     """Measure one model, or several as an ensemble: their class probabilities are averaged.
 

@@ -27,8 +27,8 @@ from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
 from mnist_accel.seeding import derive_seed, reseed
 
-# Reading a number from a GPU waits for all the work queued there, so there the loop looks at its loss, and asks the
-# other ranks about signals, only every so many steps and before anything is written. On a CPU it does so every step.
+# Reading a number from a GPU waits for the work queued there: only every so many steps, and before anything is written,
+# the loop looks at its loss and asks the other ranks about signals. On a CPU it does so every step.
 ACCELERATOR_CHECK_INTERVAL = 20
 
 
@@ -59,7 +59,6 @@ class Trainer:
 
             train_split = with_non_digits(train_split, config.non_digits, config.seed)
         self.loader = self._build_loader(train_split)
-
         torch.manual_seed(derive_seed(config.seed, "weights"))
         # channels_last is the layout in which CPUs and tensor cores convolve without reordering.
         self.network = build_model(config.model, self.data.class_names, config.dropout).to(device)
@@ -83,6 +82,7 @@ class Trainer:
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.check_interval = 1 if device.type == "cpu" else ACCELERATOR_CHECK_INTERVAL
+        self.evaluation: Evaluation | None = None  # the newest
         self.writer = CheckpointWriter(self.folder.checkpoints, config.keep_checkpoints)
 
     def run(self) -> int:
@@ -107,9 +107,8 @@ class Trainer:
                 for batch in loader.epoch(epoch, first_step):
                     rate = learning_rate(state.step, self.total_steps, config)
                     set_learning_rate(self.optimizer, rate)
-                    reseed(
-                        accelerator.device, derive_seed(config.seed, "dropout", state.step, accelerator.process_index)
-                    )
+                    seed = derive_seed(config.seed, "dropout", state.step, accelerator.process_index)
+                    reseed(accelerator.device, seed)
                     for images, labels in batch.micro_batches:
                         with accelerator.accumulate(self.model):
                             loss = criterion(self.model(images), targets[labels])
@@ -210,10 +209,10 @@ class Trainer:
         state, loader = self.state, self.loader
         done = self._images_done()
         train_loss = self._total_loss() / done
-        seconds = self._clock()
+        seconds, network = self._clock(), self.evaluated_network
         self._refuse_non_finite(train_loss, self._rate())
-        network = self.evaluated_network
-        result, logits = evaluate_on_all_ranks(self.accelerator, network, self.eval_split)
+        self.evaluation, logits = evaluate_on_all_ranks(self.accelerator, network, self.eval_split)
+        result = self.evaluation
         if self.config.validation_size:
             network.calibrate(logits, self.eval_split.labels)  # on held-out images only
         is_best = state.record_epoch(
@@ -296,7 +295,9 @@ class Trainer:
         state, test = self.state, self.data.test
         if not state.history or state.history[-1]["step"] != state.step:
             self._end_epoch()  # --max-steps ended within an epoch
-        result, _ = evaluate_on_all_ranks(self.accelerator, self.evaluated_network, test)
+        result = self.evaluation if self.eval_name == "test" else None  # of the last step, unless an ended run resumed
+        if result is None:
+            result, _ = evaluate_on_all_ranks(self.accelerator, self.evaluated_network, test)
         final = {"final": True, "step": state.step, "test_loss": round(result.loss, 6)}
         final |= {"test_accuracy": result.accuracy, "best_epoch": state.best_epoch}
         with together(self.accelerator):
@@ -304,10 +305,9 @@ class Trainer:
                 self.writer.wait()
                 self._write_weights("final", "test", result)
                 if self.config.validation_size:
-                    best = evaluate(
-                        [load_model(self.folder.path / "best")], test, self.data.class_names, self.accelerator.device
-                    )
-                    final["best_test_accuracy"] = best.accuracy
+                    best = load_model(self.folder.path / "best")
+                    best_result = evaluate([best], test, self.data.class_names, self.accelerator.device)
+                    final["best_test_accuracy"] = best_result.accuracy
                 self.folder.write_metrics([*state.history, final])
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
