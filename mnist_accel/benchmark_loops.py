@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from mnist_accel.data import Split, load_data
+from mnist_accel.distributed import keep_freed_memory
 from mnist_accel.models import MNIST_MEAN, MNIST_STD, build_model, load_model, save_model
 
 REFERENCE_EPOCHS = 14  # the default of PyTorch's example
@@ -83,6 +84,7 @@ def examples(options: argparse.Namespace) -> dict[str, Any]:
 def raw(options: argparse.Namespace) -> dict[str, Any]:
     """The least that PyTorch can do: this project's network on resident tensors, with no framework around it."""
     torch.set_flush_denormal(True)
+    keep_freed_memory()
     device = PartialState().device
     split = load_data(options.dataset).train
     images, labels = split.images.to(device), split.labels.to(device)

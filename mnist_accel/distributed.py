@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gat
 from torch import Tensor
 
 from mnist_accel.cli import UserError
+from mnist_accel.image_files import usable_cores
 
 DATA_PARALLEL = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
@@ -63,11 +64,6 @@ def build_accelerator(
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 does not exist on a CPU: launch with --mixed_precision bf16 or no")
     return accelerator
-
-
-def usable_cores() -> int:
-    """The logical cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_all_cores() -> None:

@@ -4,6 +4,7 @@ import csv
 import glob
 import json
 import os
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -54,11 +55,12 @@ def replacing(path: Path) -> Iterator[Path]:
         # A pipe or a device cannot be replaced, only written to.
         yield path
         return
-    target = path.resolve()
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a process that was killed
-        if left.name.split(".")[-2].isdigit() and not psutil.pid_exists(int(left.name.split(".")[-2])):
+    target, host = path.resolve(), socket.gethostname()
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*@{glob.escape(host)}.tmp"):
+        process = left.name.removesuffix(f"@{host}.tmp").rpartition(".")[2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):  # it was killed, on this host
             left.unlink(missing_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}@{host}.tmp")
     try:
         yield temporary
         os.replace(temporary, target)

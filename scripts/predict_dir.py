@@ -30,7 +30,7 @@ def main() -> int:
         action="store_true",
         help="only make images grey and 28x28: they are like the training images already",
     )
-    parser.add_argument("--workers", type=int, help="threads that read images and predict (default: one a core)")
+    parser.add_argument("--workers", type=int, help="readers and threads (default: one of each a core)")
     options = parser.parse_args()
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: give at least 1")
