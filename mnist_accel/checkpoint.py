@@ -1,53 +1,38 @@
 """Complete training states on disk: written aside, flushed, renamed when complete, never half of one."""
 
 import os
-import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mnist_accel.cli import UserError
 
 STATE_NAME = "training_state.pt"
-_COMPLETE = re.compile(r"step_(\d{8})")
 
 
 @dataclass
 class TrainState:
     """Where training stands; with the weights and the optimizer's state, all that a resumed run needs.
 
-    There are no generator states: every random draw is a function of the seed and the step (`seeding.py`). The epoch is
-    `step // steps_per_epoch`; at the end of an epoch, `step` is saved only after its evaluation has gone into
-    `history`.
-
-    Attributes:
-        step: optimizer steps done.
-        history: the rows of metrics.jsonl so far.
-        best_epoch: the epoch (from 1) that `best/` holds, 0 before any.
-        best_accuracy: its evaluation accuracy, 0..1.
-        epochs_without_improvement: the counter of early stopping.
-        loss_sum: cross-entropy summed over the images that this epoch has trained on so far.
-        seconds: time that this epoch has trained so far.
+    There are no generator states: every random draw is a function of the seed and the step (`seeding.py`).
     """
 
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_accuracy: float = -1.0
+    step: int = 0  # optimizer steps done; at the end of an epoch saved only after its evaluation is in `history`
+    history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl so far
+    best_epoch: int = 0  # the epoch, from 1, that `best/` holds
+    best_accuracy: float = -1.0  # its evaluation accuracy, 0..1
     epochs_without_improvement: int = 0
-    loss_sum: float = 0.0
-    seconds: float = 0.0
+    loss_sum: float = 0.0  # cross-entropy summed over this epoch's images so far
+    seconds: float = 0.0  # that this epoch has trained so far
 
     def record_epoch(self, row: dict[str, Any], stopping_metric: str = "accuracy") -> bool:
-        """Take in the row of an epoch that has ended; returns whether it is the best so far (the first of equals).
-
-        The best is the most accurate one. What early stopping counts from is that, or the one of the lowest loss.
-        """
+        """Take in the row of an ended epoch; returns whether it is the most accurate so far (the first of equals)."""
         self.history.append(row)
         self.loss_sum, self.seconds = 0.0, 0.0
         is_best = row["eval_accuracy"] > self.best_accuracy
@@ -60,19 +45,17 @@ class TrainState:
 
 def flush_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a loss of power."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, and keeps the newest `keep`.
 
-    `save` copies the state, which takes about a millisecond, and returns; the disk is waited for only by the next
-    `save` or by `wait`, which also raise what went wrong. Only the main process may own one.
+    `save` copies the state and returns; the disk is waited for only by the next `save` or by `wait`, which raise
+    a `UserError` where the checkpoint could not be written. Only the main process may own one.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -81,20 +64,12 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, content: dict[str, Any]) -> None:
-        """Write `content` (tensors, numbers, text, lists and dicts) as the checkpoint of `step`.
-
-        Raises:
-            UserError: the previous checkpoint could not be written.
-        """
+        """Write `content` (tensors, numbers, text, lists and dicts) as the checkpoint of `step`."""
         self.wait()
-        self._pending = self._thread.submit(self._write, step, _copy(content))
+        self._pending = self._thread.submit(self._write, step, deepcopy(content))
 
     def wait(self) -> None:
-        """Return when the last checkpoint is complete on disk.
-
-        Raises:
-            UserError: it could not be written.
-        """
+        """Return when the last checkpoint is complete on disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -102,31 +77,26 @@ class CheckpointWriter:
     def newest(self) -> Path | None:
         """The newest complete checkpoint, once the one under way is written."""
         self.wait()
-        complete = complete_checkpoints(self.folder)
-        return complete[-1] if complete else None
+        return max(complete_checkpoints(self.folder), default=None)
 
     def _write(self, step: int, content: dict[str, Any]) -> None:
         target = self.folder / f"step_{step:08d}"
         unfinished = self.folder / f".unfinished-{target.name}"
-        replaced = self.folder / f".replaced-{target.name}"
         try:
             if not self.folder.parent.is_dir():
                 raise FileNotFoundError(f"the run's folder {self.folder.parent} is gone")
-            self.folder.mkdir(exist_ok=True)
-            for leftover in (unfinished, replaced):
+            for leftover in self.folder.glob(".*"):  # of a write or a removal that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-            unfinished.mkdir()
+            unfinished.mkdir(parents=True)
             with open(unfinished / STATE_NAME, "wb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             flush_folder(unfinished)
             if target.exists():
-                # A run resumed from an older checkpoint comes by this step again.
-                target.rename(replaced)
+                _remove(target)  # a run resumed from an older checkpoint comes by this step again
             unfinished.rename(target)
             flush_folder(self.folder)
-            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(
@@ -136,25 +106,18 @@ class CheckpointWriter:
         # Steps beyond this one belong to a course that was given up by resuming from before them; they are left alone.
         older = [path for path in complete_checkpoints(self.folder) if path.name <= target.name]
         for path in older[: -self.keep]:
-            _remove(path)
+            with suppress(OSError):  # an old checkpoint that stays does no harm
+                _remove(path)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    try:
-        return sorted(path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name) and path.is_dir())
-    except OSError:
-        return []
+    return sorted(path for path in folder.glob("step_" + 8 * "[0-9]") if path.is_dir())
 
 
 def _remove(checkpoint: Path) -> None:
     # Renamed first: a half-deleted folder must not carry a complete checkpoint's name.
-    doomed = checkpoint.with_name(f".removed-{checkpoint.name}")
-    try:
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    except OSError:
-        pass  # An old checkpoint that stays does no harm.
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed-{checkpoint.name}")), ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -171,14 +134,3 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever its parts do: pickle, zip, runtime and key errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is damaged ({reason}): remove it and resume from an earlier one") from error
-
-
-def _copy(value: Any) -> Any:
-    """`value` with every tensor copied to CPU memory of its own, so that training may go on while it is written."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy(item) for item in value)
-    return value

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -20,7 +21,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Ends each option's help with its default, `off` for none, unless the help itself says what the default is."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.required or not action.option_strings or "(default: " in (action.help or ""):
+        # Before Python 3.13 argparse itself adds a default to `--name, --no-name`.
+        action.help = (action.help or "").removesuffix(" (default: %(default)s)")
+        if action.required or not action.option_strings or "(default: " in action.help:
             return action.help
         if action.default is None or action.default is False:
             return f"{action.help} (default: off)"
@@ -38,17 +41,13 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        return super().parse_known_args([_hyphens(a) for a in (sys.argv[1:] if args is None else args)], namespace)
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args(
+            [re.sub("^--[^=]+", lambda n: n[0].replace("_", "-"), a) for a in given], namespace
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _hyphens(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def is_first_rank() -> bool:

@@ -5,8 +5,10 @@ Imports nothing heavy, so that `--help` and a mistyped option answer at once.
 
 import argparse
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,51 +34,51 @@ FREE_ON_RESUME = {
 }
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError("must be at least 1")
-    return value
+def option(default: Any, help: str, **argument: Any) -> Any:
+    """A dataclass field that is also a command-line option; `argument` goes to `add_argument`."""
+    return dataclasses.field(default=default, metadata={"help": help, **argument})
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError("must not be negative")
-    return value
+def switch(help: str) -> Any:
+    """An option that is off, and on or off again with `--name` and `--no-name`."""
+    return option(False, help, action=argparse.BooleanOptionalAction)
 
 
-def _rate(text: str) -> float:
-    value = 0.0 if text == "off" else float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError("must be a finite number, not negative")
-    return value
+def _number(
+    kind: type, low: float, below: float = math.inf, words: Mapping[str, Any] | None = None
+) -> Callable[[str], Any]:
+    """A parser for numbers from `low` to below `below`, and for `words` that stand for a value."""
+
+    def parse(text: str) -> Any:
+        if words and text.lower() in words:
+            return words[text.lower()]
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < below:
+            what = "a whole number" if kind is int else "a number"
+            limit = f" and below {below:g}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {low}{limit}")
+        return value
+
+    return parse
 
 
-def _fraction(text: str) -> float:
-    value = 0.0 if text == "off" else float(text)
-    if not 0 <= value < 1:
-        raise ValueError("must be at least 0 and below 1")
-    return value
+def _text_or_off(text: str) -> str | None:
+    return None if text.lower() in ("off", "none") else text
 
 
-def _or_off(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text.lower() in ("off", "none") else parse(text)
+def _repository(text: str) -> str | None:
+    if _text_or_off(text) and not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form USER/NAME")
+    return _text_or_off(text)
 
 
-def _checkpoint_interval(text: str) -> int | str:
-    return text if text == "epoch" else _positive_int(text)
-
-
-def _repository(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        raise ValueError("must be of the form USER/NAME")
-    return text
-
-
-def option(default: Any, help: str, parse: Callable[[str], Any] = str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a command-line option; `parse` turns its text into its value."""
-    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "choices": choices})
+_COUNT, _POSITIVE = _number(int, 0), _number(int, 1)
+_RATE, _FRACTION = _number(float, 0, words={"off": 0.0}), _number(float, 0, 1, words={"off": 0.0})
+_OFF = {"off": None, "none": None}
+_COUNT_OR_OFF = _number(int, 1, words=_OFF)
 
 
 @dataclass(frozen=True)
@@ -87,51 +89,40 @@ class TrainConfig:
         "ylecun/mnist", "a Hub id, a folder in the Hub's parquet layout or of IDX files, or 'digits', the embedded set"
     )
     output_dir: str = option("", "the run's folder (default: runs/<date-time>)")
-    recipe: str = option(
-        "baseline", "a named set of hyperparameters; single options override it", choices=tuple(RECIPES)
-    )
+    recipe: str = option("baseline", "named hyperparameters; single options override it", choices=tuple(RECIPES))
     model: str = option("mnist_net", "architecture", choices=MODEL_NAMES)
-    epochs: int = option(10, "passes over the training images", _positive_int)
-    batch_size: int = option(64, "images per optimizer step over ALL processes and accumulation steps", _positive_int)
-    learning_rate: float = option(0.001, "peak learning rate", _rate)
+    epochs: int = option(10, "passes over the training images", type=_POSITIVE)
+    batch_size: int = option(64, "images per optimizer step over ALL processes and accumulation steps", type=_POSITIVE)
+    learning_rate: float = option(0.001, "peak learning rate", type=_RATE)
     optimizer: str = option("adam", "optimizer; sgd has Nesterov momentum 0.9", choices=OPTIMIZER_NAMES)
     scheduler: str = option("constant", "course of the learning rate over all epochs", choices=SCHEDULER_NAMES)
-    warmup_fraction: float = option(0.0, "part of all steps in which the rate rises from zero", _fraction)
-    weight_decay: float = option(0.0, "of weight matrices and kernels; biases are left alone", _rate)
-    dropout: float = option(0.5, "before the last layer", _fraction)
-    label_smoothing: float = option(0.0, "probability mass spread over all classes", _fraction)
-    ema_decay: float | None = option(None, "keep an exponential moving average of the weights", _or_off(_fraction))
-    max_grad_norm: float | None = option(None, "clip the gradient's norm to this", _or_off(_rate))
-    gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", _positive_int)
-    augment: bool = option(False, "distort whole batches at random: rotation, translation, scale, shear")
+    warmup_fraction: float = option(0.0, "part of all steps in which the rate rises from zero", type=_FRACTION)
+    weight_decay: float = option(0.0, "of weight matrices and kernels; biases are left alone", type=_RATE)
+    dropout: float = option(0.5, "before the last layer", type=_FRACTION)
+    label_smoothing: float = option(0.0, "probability mass spread over all classes", type=_FRACTION)
+    ema_decay: float | None = option(None, "decay of an average of the weights", type=_number(float, 0, 1, words=_OFF))
+    max_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=_number(float, 0, words=_OFF))
+    gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", type=_POSITIVE)
+    augment: bool = switch("distort whole batches at random: rotation, translation, scale, shear")
     augmentation: str = option("affine", "which distortions --augment draws", choices=AUGMENTATION_NAMES)
-    non_digits: int = option(
-        0, "pictures of what is no digit to train on as well, each class as likely for them", _count
+    non_digits: int = option(0, "pictures of no digit to train on, each class as likely for them", type=_COUNT)
+    validation_size: int = option(0, "training images held out to choose best/; 0: the test split does", type=_COUNT)
+    early_stopping_patience: int | None = option(None, "stop after N epochs without a new best", type=_COUNT_OR_OFF)
+    early_stopping_metric: str = option("accuracy", "what early stopping watches", choices=STOPPING_METRICS)
+    max_steps: int | None = option(None, "stop after N steps; schedules still span all epochs", type=_COUNT_OR_OFF)
+    checkpoint_every: int | str = option(
+        "epoch", "or a number of steps", type=_number(int, 1, words={"epoch": "epoch"})
     )
-    validation_size: int = option(
-        0, "training images held out to choose best/; 0: each epoch evaluates on the test split", _count
-    )
-    early_stopping_patience: int | None = option(None, "stop after N epochs without a new best", _or_off(_positive_int))
-    early_stopping_metric: str = option(
-        "accuracy", "measure that early stopping watches; best/ is the most accurate epoch", choices=STOPPING_METRICS
-    )
-    max_steps: int | None = option(
-        None, "stop after N optimizer steps; schedules still span all epochs", _or_off(_positive_int)
-    )
-    checkpoint_every: int | str = option("epoch", "'epoch' or a number of optimizer steps", _checkpoint_interval)
-    keep_checkpoints: int = option(2, "complete checkpoints to keep", _positive_int)
+    keep_checkpoints: int = option(2, "complete checkpoints to keep", type=_POSITIVE)
     resume: str | None = option(
-        None, "'auto': the newest complete checkpoint in --output-dir, else a fresh start; or a checkpoint's path",
-        _or_off(str),
-    )  # fmt: skip
-    seed: int = option(0, "of initial weights, order of images, augmentation and dropout", _count)
-    deterministic: bool = option(False, "bit-reproducible kernels; slower on a GPU")
-    log_every: int = option(100, "optimizer steps between progress lines", _positive_int)
-    report_to: str = option("tensorboard", "'none', or any tracker that Accelerate knows")
-    push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", _or_off(_repository))
-    auto_batch_size: bool = option(
-        False, "when memory runs out, halve the micro-batch and double accumulation; the global batch stays"
+        None, "'auto': from the newest checkpoint in --output-dir, if any; or a checkpoint's path", type=_text_or_off
     )
+    seed: int = option(0, "of initial weights, order of images, augmentation and dropout", type=_COUNT)
+    deterministic: bool = switch("bit-reproducible kernels; slower on a GPU")
+    log_every: int = option(100, "optimizer steps between progress lines", type=_POSITIVE)
+    report_to: str = option("tensorboard", "'none', or any tracker that Accelerate knows")
+    push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", type=_repository)
+    auto_batch_size: bool = switch("when memory runs out, halve the micro-batch and double accumulation")
 
     def options(self) -> dict[str, Any]:
         """Option names to values, in the order above."""
@@ -144,105 +135,61 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     Raises:
         UserError: an unknown option, key or value.
     """
-    given = vars(_parser().parse_args(arguments))
-    config_file = given.pop("config", None)
-    from_file = _read_yaml(Path(config_file)) if config_file else {}
-    recipe = given.get("recipe", from_file.get("recipe", "baseline"))
-    return TrainConfig(**{**RECIPES[recipe], **from_file, **given})
-
-
-def _parser() -> CommandLine:
     parser = CommandLine(
         prog="train.py",
         description="Train on MNIST with Hugging Face Accelerate. Precision, devices and process counts "
         "are the launcher's: see `accelerate launch --help`.",
     )  # fmt: skip
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="options from a file; the command line wins"
-    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     for field in dataclasses.fields(TrainConfig):
-        name = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"].replace("%", "%%")
-        if field.default != "":
-            text += f" (default: {_as_text(field.default)})"
-        if field.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            choices = field.metadata["choices"]
-            parser.add_argument(
-                name, default=argparse.SUPPRESS, help=text, type=_argument_type(field),
-                metavar="{" + ",".join(choices) + "}" if choices else field.name.rsplit("_", 1)[-1].upper(),
-            )  # fmt: skip
-    return parser
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **field.metadata)
 
-
-def _argument_type(field: dataclasses.Field) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if path := parser.parse_args(arguments).config:
         try:
-            return _parse(field, text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse
-
-
-def _parse(field: dataclasses.Field, text: str) -> Any:
-    choices = field.metadata["choices"]
-    if choices and text not in choices:
-        raise ValueError(f"{text!r} is unknown: choose one of {', '.join(choices)}")
-    try:
-        return field.metadata["parse"](text)
-    except ValueError as error:
-        reason = str(error) if str(error).startswith("must") else "is not a number"
-        raise ValueError(f"{text!r} {reason}") from error
+            from_file = _file_arguments(Path(path))
+            parser.parse_args(from_file)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
+            raise UserError(f"--config {path}: {error}") from error
+        arguments = from_file + arguments
+    parser.set_defaults(**RECIPES[parser.parse_args(arguments).recipe])
+    options = vars(parser.parse_args(arguments))
+    del options["config"]
+    return TrainConfig(**options)
 
 
-def _as_text(value: Any) -> str:
-    return "off" if value is None or value is False else "on" if value is True else str(value)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from error
-    if content is None:
-        return {}
+def _file_arguments(path: Path) -> list[str]:
+    """The options in a YAML file as they would stand on the command line."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold lines of the form 'option: value'")
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    options = {}
+        raise UserError("it must hold lines of the form 'option: value'")
+    defaults = TrainConfig().options()
+    arguments = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name == PROVENANCE:
             continue
-        if name not in fields:
-            raise UserError(f"--config {path}: unknown option {key!r}; see train.py --help for the options")
-        field = fields[name]
-        try:
-            if field.type is bool:
-                if not isinstance(value, bool):
-                    raise ValueError(f"{value!r} is not true or false")
-                options[name] = value
-            elif isinstance(value, dict | list):
-                raise ValueError("takes a single value")
-            else:
-                # YAML reads `off` as false and 1e-3 as text: the option's own parser decides what its text means.
-                options[name] = _parse(field, "off" if value is None or value is False else str(value))
-        except ValueError as error:
-            raise UserError(f"--config {path}: option {key!r}: {error}") from error
-    return options
+        if name not in defaults:
+            raise UserError(f"unknown option {key!r}; see train.py --help for the options")
+        if value is True or (value is False and defaults[name] is False):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+        else:  # YAML reads `off` as false
+            arguments.append(f"--{name}={'off' if value is None or value is False else value}")
+    return arguments
+
+
+def _as_text_or_off(value: Any) -> str:
+    return "off" if value is None or value is False else "on" if value is True else str(value)
 
 
 def differing_options(then: dict[str, Any], now: TrainConfig) -> list[str]:
     """How the options of a checkpoint or an earlier run differ from today's where that changes what is computed."""
-    free = FREE_ON_RESUME | ({"epochs"} if now.scheduler == "constant" and now.warmup_fraction == 0 else set())
     # Where the data lies does not matter, only what it is: its fingerprint is compared instead.
-    free |= {"dataset"}
+    free = FREE_ON_RESUME | {"dataset"}
+    if now.scheduler == "constant" and now.warmup_fraction == 0:
+        free |= {"epochs"}
     return [
-        f"--{name.replace('_', '-')} was {_as_text(then[name])}, is {_as_text(value)}"
+        f"--{name.replace('_', '-')} was {_as_text_or_off(then[name])}, is {_as_text_or_off(value)}"
         for name, value in now.options().items()
         if name not in free and name in then and then[name] != value
     ]

@@ -49,7 +49,7 @@ def test_the_config_that_a_run_leaves_repeats_it(tmp_path):
         (["--no-such-option", "1"], "--no-such-option"),
         (["--model", "resnet"], "mnist_net"),
         (["--optimizer", "lion"], "adam"),
-        (["--early-stopping-metric", "f1"], "accuracy, loss"),
+        (["--early-stopping-metric", "f1"], "loss"),
         (["--push-to-hub", "digits"], "USER/NAME"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "many"], "--epochs"),
@@ -68,7 +68,18 @@ def test_a_mistake_on_the_command_line_is_named_in_one_line(arguments, names):
 
 
 @pytest.mark.parametrize(
-    "text", ["no_such_key: 1", "epochs: many", "epochs: [1, 2]", "augment: 3", "- a list", "a: b: c", "model: resnet"]
+    "text",
+    [
+        "no_such_key: 1",
+        "config: other.yaml",
+        "epochs: many",
+        "epochs: [1, 2]",
+        "epochs: true",
+        "augment: 3",
+        "- a list",
+        "a: b: c",
+        "model: resnet",
+    ],
 )
 def test_a_mistake_in_a_file_is_named(tmp_path, text):
     file = tmp_path / "options.yaml"
