@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from mnist_accel import metrics
 from mnist_accel.cli import UserError
-from mnist_accel.data import Split
+from mnist_accel.data import ImageData, Split, load_data
+from mnist_accel.distributed import use_all_cores
 from mnist_accel.models import DigitClassifier, load_model
+from mnist_accel.predict import default_model
 
 
 def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 500) -> Tensor:
@@ -60,7 +62,7 @@ class Evaluation:
 
     @property
     def correct(self) -> int:
-        return int(self.confusion.diagonal().sum())
+        return int(self.confusion.trace())
 
     @property
     def total(self) -> int:
@@ -68,32 +70,33 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        return metrics.accuracy(self.confusion)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The accuracy's 95% confidence interval, each end in 0..1."""
-        return metrics.accuracy_interval(self.correct, self.total)
+        return self.correct / self.total
 
     def as_line(self) -> str:
         return f"Average loss: {self.loss:.4f}, Accuracy: {self.correct}/{self.total} ({self.accuracy:.2%})"
 
     def as_json(self) -> dict[str, Any]:
         """Every measure as JSON values; a precision or recall that nothing was counted for is null."""
+        shares = metrics.precision(self.confusion).tolist(), metrics.recall(self.confusion).tolist()
+        rows = zip(self.class_names, self.confusion.sum(dim=1).tolist(), *shares, strict=True)
         return {
             "images": self.total,
             "correct": self.correct,
             "accuracy": self.accuracy,
-            "accuracy_interval_95": list(self.interval),
+            "accuracy_interval_95": list(metrics.accuracy_interval(self.correct, self.total)),
             "loss": self.loss,
             "expected_calibration_error": self.calibration_error,
-            "per_class": self._per_class(),
+            "per_class": [
+                {"class": name, "images": count, "precision": _or_none(p), "recall": _or_none(r)}
+                for name, count, p, r in rows
+            ],
             "confusion_matrix": self.confusion.tolist(),
         }
 
     def as_text(self) -> str:
         """Every measure as lines of text for a terminal."""
-        low, high = self.interval
+        measures = self.as_json()
+        low, high = measures["accuracy_interval_95"]
         width = max(9, *map(len, self.class_names))
         lines = [
             f"accuracy           {self.accuracy:.2%}  ({self.correct:,} of {self.total:,}; "
@@ -103,24 +106,15 @@ class Evaluation:
             "",
             f"{'class':{width}}  {'images':>7}  {'precision':>9}  {'recall':>7}",
         ]
-        for row in self._per_class():
-            shares = f"{_percent(row['precision']):>9}  {_percent(row['recall']):>7}"
-            lines.append(f"{row['class']:{width}}  {row['images']:7,}  {shares}")
+        for row in measures["per_class"]:
+            precision, recall = ("-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall"))
+            lines.append(f"{row['class']:{width}}  {row['images']:7,}  {precision:>9}  {recall:>7}")
         cell = max(len(str(int(self.confusion.max()))), *(len(name[:7]) for name in self.class_names))
         lines += ["", "confusion matrix (rows: true, columns: predicted)"]
         lines.append(" " * width + "".join(f"  {name[:7]:>{cell}}" for name in self.class_names))
         for name, counts in zip(self.class_names, self.confusion.tolist(), strict=True):
             lines.append(f"{name:{width}}" + "".join(f"  {count or '.':>{cell}}" for count in counts))
         return "\n".join(lines)
-
-    def _per_class(self) -> list[dict[str, Any]]:
-        images = self.confusion.sum(dim=1).tolist()
-        precision, recall = metrics.precision(self.confusion).tolist(), metrics.recall(self.confusion).tolist()
-        rows = zip(self.class_names, images, precision, recall, strict=True)
-        return [
-            {"class": name, "images": count, "precision": _or_none(p), "recall": _or_none(r)}
-            for name, count, p, r in rows
-        ]
 
 
 def evaluate(
@@ -132,15 +126,10 @@ def evaluate(
 ) -> Evaluation:
     """Measure one model, or several as an ensemble: their class probabilities are averaged.
 
-    Args:
-        models: at least one, of as many classes as `class_names`; moved to `device`.
-        split: the images and labels.
-        class_names: the data set's classes.
-        device: where to compute.
-        batch_size: images at once.
+    The models, at least one, of as many classes as there are names, are moved to `device`.
     """
     logits = [predict_logits(model.to(device), split.images, device, batch_size) for model in models]
-    return measure(logits, models, split.labels, class_names)
+    return _measure(logits, models, split.labels, class_names)
 
 
 def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, split: Split) -> tuple[Evaluation, Tensor]:
@@ -158,60 +147,51 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
         with accelerator.autocast():
             logits[own] = predict_logits(model, split.images[own], accelerator.device)
     logits = accelerator.reduce(logits, reduction="sum").cpu()  # the rows of other ranks are zero
-    return measure([logits], [model], split.labels, model.class_names), logits
+    return _measure([logits], [model], split.labels, model.class_names), logits
 
 
-def measure(
-    logits: Sequence[Tensor], models: Sequence[DigitClassifier], labels: Tensor, class_names: list[str]
+def _measure(
+    logits: list[Tensor], models: Sequence[DigitClassifier], labels: Tensor, class_names: list[str]
 ) -> Evaluation:
-    """The measures of one model's logits (N, C), or of an ensemble's, for int64 labels (N,)."""
     logits, labels = [each.cpu() for each in logits], labels.cpu()
-    plain = _mean_log_probabilities(logits)
+    # The mean over models in logarithms, so that no small probability becomes zero.
+    plain = torch.stack([F.log_softmax(each.double(), dim=1) for each in logits]).logsumexp(dim=0)
     probabilities = torch.stack([m.probabilities(each) for m, each in zip(models, logits, strict=True)]).mean(dim=0)
     return Evaluation(
         class_names=list(class_names),
         confusion=metrics.confusion_matrix(probabilities.argmax(dim=1), labels, len(class_names)),
-        loss=float(F.nll_loss(plain, labels)),
+        loss=float(F.nll_loss(plain, labels)) + math.log(len(models)),
         calibration_error=metrics.expected_calibration_error(probabilities, labels),
         probabilities=probabilities.float(),
     )
 
 
-def load_models(names: Sequence[str | Path | None], class_names: list[str]) -> list[DigitClassifier]:
-    """The models of these names, as `load_model` takes them, to be used on a data set with these classes.
+def load_for_evaluation(
+    names: Sequence[str | Path] | None, dataset: str
+) -> tuple[dict[str, DigitClassifier], ImageData]:
+    """Models by name (without names the default one), and the data set to use them on.
 
     Raises:
-        UserError: a model cannot be loaded, or has another number of classes than the data set.
+        UserError: either cannot be loaded, or a model has another number of classes than the data set.
     """
-    models = [load_model(name) for name in names]
-    for model in models:
-        if len(model.class_names) != len(class_names):
+    use_all_cores()
+    data = load_data(dataset)
+    models = {str(name): load_model(name) for name in names or [default_model()]}
+    for model in models.values():
+        own, given = _listed(model.class_names), _listed(data.class_names)
+        if len(model.class_names) != len(data.class_names):
             raise UserError(
-                f"the model {model.name} has {len(model.class_names)} classes ({_listed(model.class_names)}), the data "
-                f"set {len(class_names)} ({_listed(class_names)}): choose a model and a data set that belong together"
+                f"the model {model.name} has {own}, the data set {given}: choose a model and a data set that belong "
+                "together"
             )
-        if model.class_names != class_names:
-            print(
-                f"note: the model's classes are {_listed(model.class_names)}, the data set's {_listed(class_names)}",
-                file=sys.stderr,
-            )
-    return models
-
-
-def _mean_log_probabilities(logits: list[Tensor]) -> Tensor:
-    """log(mean over models of softmax(logits)), float64 (N, C); in logarithms, so that no small one becomes zero."""
-    return torch.stack([F.log_softmax(each.double(), dim=1) for each in logits]).logsumexp(dim=0) - math.log(
-        len(logits)
-    )
+        if model.class_names != data.class_names:
+            print(f"note: the model has {own}, the data set {given}", file=sys.stderr)
+    return models, data
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 12 else f"{names[0]} ... {names[-1]}"
+    return f"{len(names)} classes ({', '.join(names) if len(names) <= 12 else f'{names[0]} ... {names[-1]}'})"
 
 
 def _or_none(share: float) -> float | None:
     return None if math.isnan(share) else share
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"

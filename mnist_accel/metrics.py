@@ -1,40 +1,32 @@
 """Measures of a classifier: the confusion matrix first, everything that can be read off it from it."""
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # More would tell digits from other things better still, but the calibration error of digits is limited to 1%.
 NO_DIGIT_SHARE = 0.008
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count how often each true class was predicted as each class.
-
-    Matrices of parts of a data set add up to that of the whole, so ranks need only sum them.
+    """Count how often each true class (row) was predicted as each class (column).
 
     Args:
         predictions: int64 (N,) in 0..num_classes-1.
         labels: int64 (N,) in 0..num_classes-1, on the same device.
 
     Returns:
-        int64 (num_classes, num_classes) on the inputs' device; rows are true classes, columns predicted ones.
+        int64 (num_classes, num_classes) on the inputs' device.
     """
     cells = labels * num_classes + predictions
     return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def accuracy(confusion: Tensor) -> float:
-    """The share of right predictions in 0..1; nan for an empty matrix."""
-    total = int(confusion.sum())
-    return int(confusion.diagonal().sum()) / total if total else math.nan
-
-
-def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for an accuracy measured on `total` images; (0, 1) where there are none.
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95% score interval for an accuracy measured on `total` images; (0, 1) where there are none.
 
     Unlike the textbook's normal approximation it stays inside 0..1 and holds near 100%, where MNIST lives.
     It covers the chance in which images were tested, not the spread between training seeds.
@@ -42,8 +34,7 @@ def accuracy_interval(correct: int, total: int, confidence: float = 0.95) -> tup
     """
     if total == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = correct / total
+    z, share = NormalDist().inv_cdf(0.975), correct / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -70,18 +61,17 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
         labels: int64 (N,).
     """
     confidences, predictions = probabilities.cpu().double().max(dim=1)
-    right = (predictions == labels.cpu()).double()
-    bin_of = (confidences * bins).ceil().long().clamp(1, bins) - 1
+    bin_of = (confidences * bins).ceil().long()
     # The bin's weight (its share of the images) cancels the division by its size in both of its means.
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, confidences - right)
+    gaps = torch.bincount(bin_of, weights=confidences - (predictions == labels.cpu()).double())
     return float(gaps.abs().sum() / len(confidences))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T in 0.05..20 for which softmax(logits / T) has the smallest cross-entropy.
 
-    It makes confidences honest and changes no prediction; fit it on images that were not trained on. Golden-section
-    search is enough: the loss is convex in 1/T, so along log T it has one valley.
+    It makes confidences honest and changes no prediction; fit it on images that were not trained on. The loss is convex
+    in 1/T, so that its slope changes sign only once.
     Source: C. Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2.
 
     Args:
@@ -97,24 +87,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         raise ValueError("logits must be finite")
     if bool((logits.argmax(dim=1) == labels).all()):
         return 1.0
+    of_labels = logits.gather(1, labels.unsqueeze(1)).mean()
 
-    def loss(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
+    def too_low(log_temperature: float) -> bool:
+        expected = (logits / math.exp(log_temperature)).softmax(dim=1) * logits
+        return bool(expected.sum(dim=1).mean() > of_labels)  # the slope of the loss along 1/T
 
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = math.log(0.05), math.log(20.0)
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    loss_left, loss_right = loss(left), loss(right)
-    while high - low > 1e-4:
-        if loss_left < loss_right:
-            high, right, loss_right = right, left, loss_left
-            left = high - ratio * (high - low)
-            loss_left = loss(left)
-        else:
-            low, left, loss_left = left, right, loss_right
-            right = low + ratio * (high - low)
-            loss_right = loss(right)
-    return math.exp((low + high) / 2)
+    return math.exp(_bisect(too_low, math.log(0.05), math.log(20.0)))
 
 
 def confidences(logits: Tensor, temperature: float, no_digit_level: float) -> Tensor:
@@ -135,17 +114,21 @@ def confidences(logits: Tensor, temperature: float, no_digit_level: float) -> Te
 
 
 def fit_no_digit_level(logits: Tensor, temperature: float) -> float:
-    """The level at which held-out digits give up `NO_DIGIT_SHARE` of their confidence on average, by bisection.
+    """The level at which held-out digits give up `NO_DIGIT_SHARE` of their confidence on average.
 
     It needs no examples of what is not a digit; those have far less evidence than almost every digit.
     """
     scaled = logits.detach().cpu().double() / temperature
-    low, high = -100.0, 100.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _no_digit(scaled, middle).mean() < NO_DIGIT_SHARE else (low, middle)
-    return low
+    return _bisect(lambda level: bool(_no_digit(scaled, level).mean() < NO_DIGIT_SHARE), -100.0, 100.0)
 
 
 def _no_digit(scaled: Tensor, level: float) -> Tensor:
     return (2 * (level - scaled.logsumexp(dim=1))).sigmoid()
+
+
+def _bisect(too_low: Callable[[float], bool], low: float, high: float) -> float:
+    """Where `too_low`, true up to some point in low..high and false beyond it, changes."""
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if too_low(middle) else (low, middle)
+    return low

@@ -21,35 +21,30 @@ def main() -> int:
 
     from accelerate import PartialState
 
-    from mnist_accel.data import load_data
-    from mnist_accel.distributed import use_all_cores
-    from mnist_accel.evaluation import evaluate, load_models
+    from mnist_accel.evaluation import evaluate, load_for_evaluation
     from mnist_accel.figures import draw_confusion_matrix, draw_mistakes
     from mnist_accel.models import count_parameters
-    from mnist_accel.predict import default_model
 
-    use_all_cores()
     device = PartialState().device
     if not is_first_rank():
         return 0  # seconds of work: one process does it, however many were launched
-    names = options.model or [default_model()]
-    data = load_data(options.dataset)
+    models, data = load_for_evaluation(options.model, options.dataset)
     split = data.test if options.split == "test" else data.train
-    models = load_models(names, data.class_names)
     described = []
-    for name, model in zip(names, models, strict=True):
+    for name, model in models.items():
         size = count_parameters(model)
-        described.append({"path": str(name), "name": model.name, "parameters": size, "temperature": model.temperature})
+        described.append({"path": name, "name": model.name, "parameters": size, "temperature": model.temperature})
         print(f"model              {name} ({model.name}, {size:,} parameters, temperature {model.temperature:.3g})")
     print(f"data set           {data.source}, {options.split} split, {len(split.labels):,} images, on {device}")
-    result = evaluate(models, split, data.class_names, device, options.batch_size)
+    result = evaluate(list(models.values()), split, data.class_names, device, options.batch_size)
     print(result.as_text())
 
     if options.output:
-        dataset = {"dataset": options.dataset, "fingerprint": data.fingerprint, "split": options.split}
+        measures = {"models": described, "dataset": options.dataset, "fingerprint": data.fingerprint}
+        measures |= {"split": options.split, **result.as_json()}
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps({"models": described, **dataset, **result.as_json()}, indent=2) + "\n")
+            options.output.write_text(json.dumps(measures, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {options.output}: {error.strerror or error}") from error
     if options.mistakes:

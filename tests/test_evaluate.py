@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mnist_accel import metrics
 from mnist_accel.cli import UserError
 from mnist_accel.data import Split
-from mnist_accel.evaluation import evaluate, load_models, predict_logits
+from mnist_accel.evaluation import evaluate, load_for_evaluation, predict_logits
 from mnist_accel.models import build_model, save_model
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
@@ -83,7 +83,7 @@ def test_evaluation_of_one_model_matches_its_logits(split):
     assert result.calibration_error == pytest.approx(
         metrics.expected_calibration_error(calibrated, split.labels), abs=1e-4
     )
-    assert result.interval == metrics.accuracy_interval(result.correct, 50)
+    assert result.as_json()["accuracy_interval_95"] == list(metrics.accuracy_interval(result.correct, 50))
 
 
 def test_an_ensemble_averages_probabilities(split):
@@ -114,14 +114,14 @@ def test_a_class_that_never_occurs_has_no_recall_in_json_and_a_dash_in_text():
 def test_a_model_of_another_number_of_classes_is_refused(tmp_path):
     save_model(make_model(0, class_names=["cat", "dog", "bird"]), tmp_path)
     with pytest.raises(UserError, match=r"3 classes \(cat, dog, bird\)"):
-        load_models([tmp_path], DIGITS)
+        load_for_evaluation([tmp_path], "digits")
 
 
 def test_a_model_of_other_class_names_is_used_with_a_note(tmp_path, capsys):
-    names = [f"class {index}" for index in range(20)]
-    save_model(make_model(0, class_names=names), tmp_path)
-    assert len(load_models([tmp_path], [name.upper() for name in names])) == 1
-    assert "class 0 ... class 19" in capsys.readouterr().err
+    save_model(make_model(0, class_names=[f"class {digit}" for digit in DIGITS]), tmp_path)
+    models, _ = load_for_evaluation([tmp_path], "digits")
+    assert list(models) == [str(tmp_path)]
+    assert "10 classes (class 0, class 1, " in capsys.readouterr().err
 
 
 def test_script_prints_and_writes_the_same_measures_for_an_ensemble(run_evaluate, saved, tmp_path):

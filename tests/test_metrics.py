@@ -30,11 +30,6 @@ def test_confusion_matrices_of_parts_add_up_to_that_of_the_whole():
     assert int(whole.sum()) == 101
 
 
-def test_accuracy_is_the_diagonals_share(confusion):
-    assert metrics.accuracy(confusion) == 5 / 8
-    assert math.isnan(metrics.accuracy(torch.zeros(3, 3, dtype=torch.int64)))
-
-
 def test_precision_and_recall_per_class_are_nan_where_nothing_was_counted(confusion):
     torch.testing.assert_close(metrics.precision(confusion), torch.tensor([0.75, 0.5, torch.nan]), equal_nan=True)
     torch.testing.assert_close(metrics.recall(confusion), torch.tensor([0.75, 1.0, 0.0]))
