@@ -1,11 +1,9 @@
-"""A model as a file for other programs: TorchScript, ONNX, torch.export; checked before it gets its name."""
+"""A model as a file for other programs: TorchScript, ONNX, torch.export; checked before it is written."""
 
 import importlib
 import json
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -15,17 +13,20 @@ from torch import Tensor
 from mnist_accel import __version__
 from mnist_accel.cli import UserError
 from mnist_accel.models import DigitClassifier
+from mnist_accel.output import replacing
 
 INPUT_DESCRIPTION = "float32 (N, 1, 28, 28) in 0..1, white ink on black, the ink's centre of mass centred as in MNIST"
 CHECKED_BATCH_SIZES = (1, 7, 64)
 TOLERANCE = 1e-4
 OPSET = 18  # new enough for GroupNormalization, old enough for runtimes of 2023
+EXAMPLE = (torch.zeros(2, 1, 28, 28),)  # two images: tracers take a batch of one for a constant
+ANY_BATCH = ({0: torch.export.Dim("batch", min=1)},)
 
 Runtime = Callable[[Tensor], Tensor]
 
 
 def export_model(model: DigitClassifier, file_format: str, output: Path) -> float:
-    """Write a model for batches of any size, and check the file in the runtime that its users load it with.
+    """Write a model for batches of any size, checked in the runtime that users load it with.
 
     The file takes `images`, float32 (N, 1, 28, 28) in 0..1, and gives `logits`, float32 (N, C). The labels, the
     temperature and a description of the input lie in it as metadata: ONNX `metadata_props`, and the extra file
@@ -34,7 +35,7 @@ def export_model(model: DigitClassifier, file_format: str, output: Path) -> floa
     Args:
         model: the network, on the CPU; it is put into eval mode.
         file_format: a key of `FORMATS`.
-        output: the file to write; whatever was there stays until the new file has passed its check.
+        output: the file to write; whatever was there stays if the new content fails its check.
 
     Returns:
         The largest difference of any logit between file and model, over batches of 1, 7 and 64 images.
@@ -42,47 +43,46 @@ def export_model(model: DigitClassifier, file_format: str, output: Path) -> floa
     Raises:
         UserError: a package is missing, the file cannot be named or written so, or a logit differs by 1e-4 or more.
     """
-    convert, load = FORMATS[file_format]
-    if file_format == "onnx":
-        _require_onnx()
     if file_format == "torch-export" and output.suffix != ".pt2":
         raise UserError(f"{output}: torch.export.load opens only files whose names end in .pt2; give such a name")
+    convert, load = FORMATS[file_format]
     model.eval()
-    temporary = output.with_name(f".unfinished-{os.getpid()}-{output.name}")
+    with torch.no_grad(), warnings.catch_warnings():
+        # PyTorch advises against TorchScript at every call; who asks for it has a program that reads nothing else.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+. is deprecated")
+        # Some of PyTorch's own layers check the size of what they get in Python, which a trace leaves out.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.")
+        content = convert(model)
+        difference = _largest_difference(model, load(content))
+    if not difference < TOLERANCE:
+        raise UserError(
+            f"{output} was not written: its logits would differ from the model's by {difference:.2g}, and "
+            f"{TOLERANCE:g} is too much; try another --format"
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad(), _quiet():
-            temporary.write_bytes(convert(model))
-            difference = _largest_difference(model, load(temporary))
-        if not difference < TOLERANCE:
-            raise UserError(
-                f"{output} was not written: its logits would differ from the model's by {difference:.2g}, and "
-                f"{TOLERANCE:g} is too much; try another --format"
-            )
-        os.replace(temporary, output)
+        with replacing(output) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return difference
 
 
 def _largest_difference(model: DigitClassifier, runtime: Runtime) -> float:
     """In any logit; nan if a file computes one, inf if it gives another shape."""
     generator = torch.Generator().manual_seed(0)
+    images = torch.rand(max(CHECKED_BATCH_SIZES), 1, 28, 28, generator=generator)
+    images *= torch.rand(images.shape, generator=generator) < 0.5  # half the pixels black, as paper is
     differences = []
     for batch_size in CHECKED_BATCH_SIZES:
-        images = torch.rand(batch_size, 1, 28, 28, generator=generator)
-        images *= images.flatten(1).mean(dim=1).view(-1, 1, 1, 1) < images  # half the pixels black, as paper is
-        expected, logits = model(images), runtime(images)
-        differences.append(
-            (logits - expected).abs().max() if logits.shape == expected.shape else torch.tensor(torch.inf)
-        )
+        expected, logits = model(images[:batch_size]), runtime(images[:batch_size])
+        if logits.shape != expected.shape:
+            return torch.inf
+        differences.append((logits - expected).abs().max())
     return float(torch.stack(differences).max())
 
 
-def metadata(model: DigitClassifier) -> dict[str, str]:
+def _metadata(model: DigitClassifier) -> dict[str, str]:
     """What a file says about itself; every value is text, lists are JSON."""
     return {
         "model": model.name,
@@ -95,89 +95,60 @@ def metadata(model: DigitClassifier) -> dict[str, str]:
     }
 
 
-def _example() -> Tensor:
-    # Two images: tracers take a batch of one for a constant.
-    return torch.zeros(2, 1, 28, 28)
-
-
 def _to_torchscript(model: DigitClassifier) -> bytes:
     file = BytesIO()
-    traced = torch.jit.trace(model, (_example(),))
-    torch.jit.save(traced, file, _extra_files={"metadata.json": json.dumps(metadata(model))})
+    traced = torch.jit.trace(model, EXAMPLE)
+    torch.jit.save(traced, file, _extra_files={"metadata.json": json.dumps(_metadata(model))})
     return file.getvalue()
-
-
-def _load_torchscript(path: Path) -> Runtime:
-    return torch.jit.load(str(path))
 
 
 def _to_torch_export(model: DigitClassifier) -> bytes:
     file = BytesIO()
-    program = torch.export.export(model, (_example(),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata(model))})
+    program = torch.export.export(model, EXAMPLE, dynamic_shapes=ANY_BATCH)
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(_metadata(model))})
     return file.getvalue()
 
 
-def _load_torch_export(path: Path) -> Runtime:
-    return torch.export.load(path).module()
-
-
 def _to_onnx(model: DigitClassifier) -> bytes:
-    import onnx
-
-    program = torch.onnx.export(
+    try:
+        onnx, *_ = (importlib.import_module(package) for package in ("onnx", "onnxscript", "onnxruntime"))
+    except ImportError as error:
+        raise UserError(
+            f"ONNX needs the package {error.name}: install it with `uv sync --extra export` "
+            "or `pip install 'mnist-accel[export]'`"
+        ) from error
+    converted = torch.onnx.export(
         model,
-        (_example(),),
+        EXAMPLE,
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        dynamic_shapes=ANY_BATCH,
         verbose=False,
     )
-    assert program is not None
-    proto = program.model_proto
+    assert converted is not None
+    proto = converted.model_proto
     proto.producer_name, proto.producer_version = "mnist_accel", __version__
     proto.doc_string = f"{model.name}: {INPUT_DESCRIPTION}"
-    onnx.helper.set_model_props(proto, metadata(model))
+    onnx.helper.set_model_props(proto, _metadata(model))
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
 
 
-def _load_onnx(path: Path) -> Runtime:
+def _load_onnx(content: bytes) -> Runtime:
     import onnxruntime
 
     # Left alone, onnxruntime pins a thread to each core of the machine, and complains where a container allows fewer.
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def _require_onnx() -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"ONNX needs the package {package}: install it with `uv sync --extra export` "
-                "or `pip install 'mnist-accel[export]'`"
-            ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # PyTorch advises against TorchScript at every call; who asks for it has a program that reads nothing else.
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.\w+. is deprecated")
-        # Some of PyTorch's own layers check the size of what they get in Python, which a trace leaves out.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.")
-        yield
-
-
 # How each format is made, and read back.
-FORMATS: dict[str, tuple[Callable[[DigitClassifier], bytes], Callable[[Path], Runtime]]] = {
-    "torchscript": (_to_torchscript, _load_torchscript),
+FORMATS: dict[str, tuple[Callable[[DigitClassifier], bytes], Callable[[bytes], Runtime]]] = {
+    "torchscript": (_to_torchscript, lambda content: torch.jit.load(BytesIO(content))),
     "onnx": (_to_onnx, _load_onnx),
-    "torch-export": (_to_torch_export, _load_torch_export),
+    "torch-export": (_to_torch_export, lambda content: torch.export.load(BytesIO(content)).module()),
 }

@@ -16,13 +16,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.model and options.positional_model:
         raise UserError("the model is given twice: give MODEL or --model")
-    output = options.output or Path("model" + ENDINGS[options.format])
 
     from mnist_accel.export import CHECKED_BATCH_SIZES, export_model
     from mnist_accel.models import load_model
     from mnist_accel.predict import default_model
 
     name = options.model or options.positional_model or default_model()
+    output = options.output or Path("model" + ENDINGS[options.format])
     model = load_model(name)
     difference = export_model(model, options.format, output)
     sizes = ", ".join(map(str, CHECKED_BATCH_SIZES))
