@@ -7,13 +7,14 @@ and touch neither the network nor the `datasets` library, which alone takes seco
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from mnist_accel.cli import UserError, is_first_rank
 SIZE = 28
 CACHE_VERSION = 1  # part of every key: raise it when the same source would decode to other tensors
 EMBEDDED = Path(__file__).parent / "assets" / "digits.npz"
-SPLITS, KINDS = ("train", "test"), ("images", "labels")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory.
-
-    `fingerprint` is a hash of the pixels, labels and class names, so that the same data has the same one
-    whether it came from the Hub, from parquet or from IDX files; `source` says in words where it came from.
-    """
+    """A data set in memory; `fingerprint` is a hash of what it holds, `source` says in words where it came from."""
 
     train: Split
     test: Split
@@ -68,34 +64,35 @@ def load_data(name: str) -> ImageData:
     """
     if name == "digits":
         return _embedded_digits()
-    from mnist_accel.data_hub import load_folder, load_hub
+    from mnist_accel.data_hub import load_folder
+    from mnist_accel.hub import download_files
 
     base, _, config = (name, "", "") if os.path.isdir(os.path.expanduser(name)) else name.partition(":")
     folder = Path(os.path.expanduser(base)).resolve()
     if base and folder.is_dir():
         idx = _find_idx(folder)
-        files = sorted(idx.values()) if idx else _visible_files(folder)
+        files = idx or [path for path in sorted(folder.rglob("[!.]*")) if path.is_file()]
         if not files:
             raise UserError(f"no data files in {folder}: give a folder of IDX files, of parquet files, or a Hub id")
-        facts = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        key = [str(folder), config, facts]
-        if idx:
-            return _cached(key, lambda: _from_idx(folder, idx))
-        return _cached(key, lambda: load_folder(name, folder, config))
+        facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return _cached([facts, config], lambda: _from_idx(folder, *idx) if idx else load_folder(name, folder, config))
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
         raise UserError(f"no folder {base!r}: give an existing folder, a Hub id such as ylecun/mnist, or digits")
-    return _cached([base, config], lambda: load_hub(name, base, config))
+    return _cached([base, config], lambda: load_folder(name, download_files(base, kind="dataset"), config))
 
 
 def check_data(train: Split, test: Split, class_names: list[str], source: str) -> ImageData:
-    """Check what was decoded, bring it to white on black and fingerprint it.
+    """Check what was decoded, number classes without names, bring images to white on black, and fingerprint it all.
 
     Raises:
         UserError: a split is empty or has labels outside the classes.
     """
-    for kind, split in (("training", train), ("test", test)):
+    splits = {"training": train, "test": test}
+    for kind, split in splits.items():
         if not len(split.images):
             raise UserError(f"{source} has no {kind} images: choose another data set")
+    class_names = class_names or [str(label) for label in range(1 + int(max(train.labels.max(), test.labels.max())))]
+    for kind, split in splits.items():
         low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= len(class_names):
             raise UserError(
@@ -114,14 +111,6 @@ def check_data(train: Split, test: Split, class_names: list[str], source: str) -
     return ImageData(train, test, class_names, digest.hexdigest(), source)
 
 
-def numbered_classes(*splits: Split) -> list[str]:
-    """The class names of labels that have none: "0" to the highest one."""
-    return [str(label) for label in range(1 + max((int(s.labels.max()) for s in splits if len(s.labels)), default=0))]
-
-
-# The embedded set
-
-
 def _embedded_digits() -> ImageData:
     """The 1,797 digits that scikit-learn bundles, scaled to look like MNIST; every fifth of a class is for testing.
 
@@ -134,54 +123,40 @@ def _embedded_digits() -> ImageData:
     boxes = (boxes * 255 / boxes.amax(dim=(1, 2), keepdim=True)).round().to(torch.uint8)
     # MNIST's own placement: a 20x20 box moved so that its centre of mass falls on the centre of the 28x28 image.
     mass, middle = boxes.float(), torch.arange(20) + 0.5
-    total = mass.sum(dim=(1, 2))
-    tops = (15 - (mass.sum(dim=2) @ middle) / total).int().clamp(0, SIZE - 20).tolist()
-    lefts = (15 - (mass.sum(dim=1) @ middle) / total).int().clamp(0, SIZE - 20).tolist()
+    centres = torch.stack((mass.sum(dim=2) @ middle, mass.sum(dim=1) @ middle), dim=1) / mass.sum(dim=(1, 2))[:, None]
     images = torch.zeros(len(boxes), SIZE, SIZE, dtype=torch.uint8)
-    for image, box, top, left in zip(images, boxes, tops, lefts, strict=True):
+    for image, box, (top, left) in zip(images, boxes, (15 - centres).int().tolist(), strict=True):
         image[top : top + 20, left : left + 20] = box
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
         held_out[(labels == digit).nonzero()[4::5]] = True
     train, test = (Split(images[chosen], labels[chosen]) for chosen in (~held_out, held_out))
-    return check_data(train, test, [str(digit) for digit in range(10)], "the embedded digits (UCI)")
+    return check_data(train, test, [], "the embedded digits (UCI)")
 
 
 # IDX files
 
-IDX_NAMES = {
-    (split, kind): f"{prefix}-{kind}{{}}idx{rank}-ubyte"
-    for split, prefix in (("train", "train"), ("test", "t10k"))
-    for kind, rank in (("images", 3), ("labels", 1))
-}
+IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def _find_idx(folder: Path) -> dict[tuple[str, str], Path]:
-    """The four IDX files by (split, kind), gzipped or not, in the folder or where torchvision leaves them; or none.
+def _find_idx(folder: Path) -> list[Path]:
+    """The four IDX files in the order above, gzipped or not, in the folder or where torchvision leaves them; or none.
 
     Raises:
         UserError: some of the four are there and some are missing.
     """
     for place in (folder, folder / "MNIST" / "raw", folder / "raw"):
-        found = {}
-        for key, pattern in IDX_NAMES.items():
-            spellings = [pattern.format(dash) + gz for dash in "-." for gz in ("", ".gz")]
-            if present := [place / spelling for spelling in spellings if (place / spelling).is_file()]:
-                found[key] = present[0]
-        if missing := [pattern.format("-") for key, pattern in IDX_NAMES.items() if key not in found]:
-            if found:
-                raise UserError(f"{place} lacks {', '.join(missing)}: all four IDX files are needed, .gz or not")
-            continue
-        return found
-    return {}
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
+        found: dict[str, Path] = {}
+        for name in IDX_NAMES:
+            for path in sorted(place.glob(name.replace("-idx", "[-.]idx") + "*")):
+                if path.is_file():
+                    found.setdefault(name, path)
+        if len(found) == len(IDX_NAMES):
+            return list(found.values())
+        if found:
+            missing = ", ".join(name for name in IDX_NAMES if name not in found)
+            raise UserError(f"{place} lacks {missing}: all four IDX files are needed, .gz or not")
+    return []
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -194,25 +169,23 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < header:
         raise UserError(f"{path} is not an IDX file of {dimensions}-dimensional unsigned bytes: fetch it again")
     shape = np.frombuffer(data, ">u4", dimensions, 4).tolist()
-    if len(data) != header + int(np.prod(shape, dtype=object)):
+    if len(data) != header + math.prod(shape):
         raise UserError(f"{path} has {len(data)} bytes, not what its header {shape} says: fetch it again")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(bytearray(data), np.uint8, offset=header).reshape(shape)
 
 
-def _from_idx(folder: Path, files: dict[tuple[str, str], Path]) -> ImageData:
+def _from_idx(folder: Path, *files: Path) -> ImageData:
     from PIL import Image
 
     splits = []
-    for split in ("train", "test"):
-        images, labels = (_read_idx(files[split, kind], rank) for kind, rank in (("images", 3), ("labels", 1)))
+    for image_file, label_file in (files[:2], files[2:]):
+        images, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
         if len(images) != len(labels):
-            raise UserError(f"{files[split, 'images']} has {len(images)} images, its label file {len(labels)} labels")
-        if images.shape[1:] != (SIZE, SIZE):
-            scaled = [scale_image(Image.fromarray(image), str(files[split, "images"])) for image in images]
-            images = np.stack(scaled) if scaled else np.empty((0, SIZE, SIZE), np.uint8)
-        splits.append(Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))))
-    train, test = splits
-    return check_data(train, test, numbered_classes(train, test), str(folder))
+            raise UserError(f"{image_file} has {len(images)} images, its label file {len(labels)} labels")
+        if len(images) and images.shape[1:] != (SIZE, SIZE):
+            images = np.stack([scale_image(Image.fromarray(image), str(image_file)) for image in images])
+        splits.append(Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))))
+    return check_data(splits[0], splits[1], [], str(folder))
 
 
 def scale_image(image: Any, where: str) -> np.ndarray:
@@ -227,79 +200,57 @@ def scale_image(image: Any, where: str) -> np.ndarray:
         raise UserError(f"{where} has pixels of more than 8 bits (mode {image.mode}): save it with 8 bits a channel")
     if image.width != image.height:
         raise UserError(f"{where} is {image.width}x{image.height}: only square images can be scaled to {SIZE}x{SIZE}")
-    grey = image.convert("L")
-    if grey.size != (SIZE, SIZE):
-        # As MNIST was made: shrinking averages over area.
-        grey = grey.resize((SIZE, SIZE), Image.Resampling.BOX if grey.width > SIZE else Image.Resampling.BICUBIC)
-    return np.asarray(grey)
+    # As MNIST was made: shrinking averages over area.
+    method = Image.Resampling.BOX if image.width > SIZE else Image.Resampling.BICUBIC
+    return np.asarray(image.convert("L").resize((SIZE, SIZE), method))
 
 
 # The cache
 
 
-def _cache_folder() -> Path:
-    # The rule of huggingface_hub, without importing it.
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface")).expanduser() / "mnist_accel"
-
-
 def _cached(key: list[Any], make: Callable[[], ImageData]) -> ImageData:
     """The data set of this key from the cache, else made and put there by one process while the others wait."""
+    from filelock import FileLock
+
+    # The folder follows the rule of huggingface_hub, without importing it.
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, *key]).encode()).hexdigest()[:32]
-    file = _cache_folder() / f"{digest}.safetensors"
+    file = Path(home, "mnist_accel", f"{digest}.safetensors").expanduser()
     if data := _read_cache(file):
         return data
     began = time.time()
-    with _lock(file.with_suffix(".lock")):
+    lock, failure = FileLock(file.with_suffix(".lock")), file.with_suffix(".failed")
+    with suppress(OSError, NotImplementedError):  # a cache that cannot be written: every process makes its own
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
         if data := _read_cache(file):
             return data
-        failure = file.with_suffix(".failed")
-        if message := _failed_since(began, failure):  # do not wait for the Hub once more for every process
-            raise UserError(message)
+        with suppress(OSError):  # another process's failure: do not wait for the Hub once more for every process
+            if failure.stat().st_mtime >= began:
+                raise UserError(failure.read_text())
         try:
             data = make()
         except UserError as error:
             with suppress(OSError):
-                failure.write_text(json.dumps([time.time(), str(error)]))
+                failure.write_text(str(error))
             raise
         _write_cache(file, data)
-    return data
-
-
-def _failed_since(began: float, failure: Path) -> str:
-    with suppress(OSError, ValueError):
-        when, message = json.loads(failure.read_text())
-        return message if when >= began else ""
-    return ""
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    lock = FileLock(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except (OSError, NotImplementedError):
-        pass  # a cache that cannot be written: every process makes its own
-    try:
-        yield
+        return data
     finally:
         lock.release()
 
 
 def _write_cache(file: Path, data: ImageData) -> None:
-    tensors = {f"{name}_{kind}": getattr(getattr(data, name), kind) for name in SPLITS for kind in KINDS}
+    tensors = {
+        f"{split}_{kind}": tensor for split in ("train", "test") for kind, tensor in vars(getattr(data, split)).items()
+    }
     facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "source": data.source}
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
-        with partial.open("wb") as stream:
-            stream.write(save(tensors, facts))
-            stream.flush()
-            os.fsync(stream.fileno())
+        partial.write_bytes(save(tensors, facts))
         partial.replace(file)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if is_first_rank():
             print(f"warning: cannot keep the decoded images in {file.parent} ({error}): set HF_HOME", file=sys.stderr)
     finally:
@@ -312,7 +263,10 @@ def _read_cache(file: Path) -> ImageData | None:
     try:
         with safe_open(file, "pt") as archive:
             facts = archive.metadata()
-            train, test = (Split(*(archive.get_tensor(f"{name}_{kind}") for kind in KINDS)) for name in SPLITS)
+            train, test = (
+                Split(archive.get_tensor(f"{split}_images"), archive.get_tensor(f"{split}_labels"))
+                for split in ("train", "test")
+            )
         return ImageData(train, test, json.loads(facts["class_names"]), facts["fingerprint"], facts["source"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

@@ -3,7 +3,9 @@
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ HUB_SECONDS = 6.0  # longest silence of the Hub in any one request
 HUB_ATTEMPTS = 2  # how often one request is made before the Hub counts as out of reach
 CACHED_SECONDS = 2.0  # how long files that are here already wait to hear of newer ones
 COMMIT_SECONDS = 60.0  # longest silence while the Hub takes in an upload
+WAYS_ON = {
+    "model": "give a run's folder, a weights folder or another Hub id USER/NAME",
+    "dataset": "use --dataset FOLDER or --dataset digits; to bring MNIST from another machine, run there "
+    "`hf download ylecun/mnist --repo-type dataset --local-dir mnist`, copy the folder and use --dataset ./mnist",
+}
 
 
 class HubTimeout(Exception):
@@ -20,65 +27,19 @@ class HubTimeout(Exception):
 
 
 def reason(error: Exception) -> str:
-    """The kind of an error and the first line of its message."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def probe_hub(kind: str, hub_id: str, way_on: str, seconds: float | None = None) -> str:
-    """Why the Hub is out of reach, or nothing if it knows this repository.
-
-    Args:
-        kind: "dataset" or "model".
-        hub_id: `USER/NAME`.
-        way_on: what to do instead, for the message.
-        seconds: to wait for its answer; `HUB_SECONDS` if not given.
-
-    Raises:
-        UserError: it does not know it.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    seconds = HUB_SECONDS if seconds is None else seconds
-    answer: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().repo_info(hub_id, repo_type=kind, timeout=seconds)
-            answer.append(None)
-        except Exception as error:
-            answer.append(error)
-
-    # In a thread, because nothing else bounds a name server that does not answer.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds + 1)
-    error = answer[0] if answer else HubTimeout(f"no answer within {seconds:.0f} seconds")
-    if isinstance(error, GatedRepoError):
-        raise UserError(f"{hub_id} is gated: accept its terms on the Hub and log in with `hf auth login`") from error
-    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-        what = "data set" if kind == "dataset" else kind
-        raise UserError(
-            f"unknown {what} {hub_id}: no such folder, and the Hub has no such {what} (or it is private: log in with "
-            f"`hf auth login`); {way_on}"
-        ) from error
-    return reason(error) if error else ""
+    """The kind of an error and the first two lines of its message, in one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"
 
 
 @contextmanager
-def impatient_hub(seconds: float | None = None) -> Iterator[None]:
-    """Let no request of huggingface_hub wait long, be repeated often or talk about it; `HUB_SECONDS` if not given."""
+def _impatient_hub(seconds: float) -> Iterator[None]:
+    """Let no request of huggingface_hub be silent for so long, be repeated often or be talked about in its log."""
     from huggingface_hub import constants, get_session, set_client_factory
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-        logging,
-    )
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     requests = threading.local()
-    limits = dict.fromkeys(("connect", "read", "write", "pool"), HUB_SECONDS if seconds is None else seconds)
+    limits = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
 
     def limit(request: Any) -> None:
         request.extensions["timeout"] = limits
@@ -90,18 +51,16 @@ def impatient_hub(seconds: float | None = None) -> Iterator[None]:
             raise HubTimeout(f"no answer to {HUB_ATTEMPTS} requests for {request.url}")
 
     # The client's class is httpx's or httpx2's, by the version of huggingface_hub.
-    client = type(get_session())
-    hooks = get_session().event_hooks
+    client, hooks = type(get_session()), get_session().event_hooks
     limited = {**hooks, "request": [*hooks["request"], limit]}
     xet_before, verbosity_before = constants.HF_HUB_DISABLE_XET, logging.get_verbosity()
     hide_bars = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    set_client_factory(lambda: client(event_hooks=limited, follow_redirects=True))
-    # Xet's own client, which the hook does not reach, has no such limits.
-    constants.HF_HUB_DISABLE_XET = True
-    logging.set_verbosity_error()
-    if hide_bars:
-        disable_progress_bars()
     try:
+        set_client_factory(lambda: client(event_hooks=limited, follow_redirects=True))
+        constants.HF_HUB_DISABLE_XET = True  # Xet's own client, which the hook does not reach, has no such limits
+        logging.set_verbosity_error()
+        if hide_bars:
+            disable_progress_bars()
         yield
     finally:
         set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=None))
@@ -111,32 +70,57 @@ def impatient_hub(seconds: float | None = None) -> Iterator[None]:
             enable_progress_bars()
 
 
-def download_files(hub_id: str, names: Sequence[str]) -> Path:
-    """The local folder with these files of a model repository; as they are in the cache where the Hub is out of reach.
+def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = "model") -> Path:
+    """The local folder with these files, or all, of a repository; as cached where the Hub is out of reach.
+
+    Args:
+        hub_id: `USER/NAME`.
+        names: the files, which have to be there.
+        kind: "model" or "dataset".
 
     Raises:
         UserError: there is no such repository or file, or the Hub is out of reach and the cache does not have them.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    trouble = ""
+    fetch = partial(snapshot_download, hub_id, repo_type=kind, allow_patterns=names)
+    folder, what = "", "data set" if kind == "dataset" else kind
+    with suppress(Exception):
+        folder = fetch(local_files_only=True)
+    seconds = CACHED_SECONDS if folder else HUB_SECONDS
+    answer: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(HfApi().repo_info(hub_id, repo_type=kind))
+        except Exception as error:
+            answer.set_exception(error)
+
     try:
-        cached = all(isinstance(try_to_load_from_cache(hub_id, name), str) for name in names)
-        way_on = "give a run's folder, a weights folder or a Hub id USER/NAME"
-        trouble = probe_hub("model", hub_id, way_on, CACHED_SECONDS if cached else None)
-        with impatient_hub():
-            files = [hf_hub_download(hub_id, name, local_files_only=bool(trouble)) for name in names]
+        with _impatient_hub(seconds):
+            # In a thread: a name server that is silent, and each of the Hub's many addresses, may take so long.
+            threading.Thread(target=ask, daemon=True).start()
+            answer.result(seconds + 1)
+            folder = fetch()
+        if missing := [name for name in names or () if not Path(folder, name).is_file()]:
+            raise UserError(f"{hub_id} on the Hub has no {' and '.join(missing)}: {WAYS_ON[kind]}")
+    except GatedRepoError as error:
+        raise UserError(f"{hub_id} is gated: accept its terms on the Hub and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"unknown {what} {hub_id}: no such folder, and the Hub has no such {what}, or it is private: log in with "
+            "`hf auth login`, or choose another"
+        ) from error
     except UserError:
         raise
-    except RemoteEntryNotFoundError as error:
-        raise UserError(f"{hub_id} on the Hub has no {' and '.join(names)}: choose another model") from error
     except Exception as error:  # of the disk, of the client and of its transport
-        raise UserError(
-            f"no folder {hub_id}, and the Hub gives no such model: {trouble or reason(error)}; try again later, or "
-            "give a run's or a weights folder"
-        ) from error
-    return Path(files[0]).parent
+        if not folder:
+            raise UserError(
+                f"no folder {hub_id}, and the {what} is not in the cache and cannot be fetched from the Hub "
+                f"({reason(error)}): try again later, or {WAYS_ON[kind]}"
+            ) from error
+    return Path(folder)
 
 
 def upload_folder(folder: Path, hub_id: str) -> str:
@@ -148,9 +132,9 @@ def upload_folder(folder: Path, hub_id: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        with impatient_hub():
+        with _impatient_hub(HUB_SECONDS):
             address = HfApi().create_repo(hub_id, exist_ok=True)
-        with impatient_hub(COMMIT_SECONDS):
+        with _impatient_hub(COMMIT_SECONDS):
             HfApi().upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload weights")
     except Exception as error:  # of the disk, of the client and of its transport
         raise UserError(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def test_a_hub_that_fails_in_the_middle_of_the_download_is_an_error_within_secon
     assert time.monotonic() - began < 20
     assert "cannot be fetched from the Hub" in error
     # A body that breaks off is asked for again from there on, which is progress; the same request is made only twice.
-    assert fault == "cut" or len(downloads(hub)) <= 2
+    assert fault == "cut" or max(Counter(downloads(hub)).values()) <= 2
     assert "\n" not in error
     assert not list((home / "mnist_accel").glob("*.partial"))
     hub.fault = lambda path: ""
@@ -177,7 +178,7 @@ def test_a_slow_hub_is_waited_for(hub: StandInHub, worker: Worker) -> None:
     assert worker.load("test/slow")["images"] == 6
 
 
-def test_what_datasets_has_in_its_own_cache_is_used_while_the_hub_is_out_of_reach(
+def test_what_the_hub_client_has_in_its_cache_is_used_while_the_hub_is_out_of_reach(
     hub: StandInHub, worker: Worker, home: Path
 ) -> None:
     fingerprint = worker.load("test/prepared")["fingerprint"]
