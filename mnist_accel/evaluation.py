@@ -2,9 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +19,9 @@ from mnist_accel.predict import default_model
 
 
 def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 500) -> Tensor:
-    """The logits of a model in eval mode; afterwards it is in the mode that it was in.
+    """The logits, float32 (N, C) on `device`, of a model there in eval mode, for images uint8 (N, 28, 28), N > 0.
 
-    Args:
-        model: takes float (N, 1, 28, 28) in 0..1; its weights are on `device`.
-        images: uint8 (N, 28, 28), N > 0, on any device: each batch is moved and converted on its own.
-        device: where to compute.
-        batch_size: images at once; it changes speed and memory, not the result.
-
-    Returns:
-        float32 (N, C) on `device`.
+    The images may lie anywhere: each batch is moved and converted on its own. Afterwards the model is in its old mode.
     """
     was_training = model.training
     model.eval()
@@ -44,21 +35,13 @@ def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measures of one model, or of an ensemble, on one split.
-
-    Attributes:
-        class_names: C names.
-        confusion: int64 (C, C), rows are true classes.
-        loss: mean cross-entropy in nats at temperature 1, the same quantity as `eval_loss` in `metrics.jsonl`.
-        calibration_error: expected calibration error of `probabilities`, 0..1, in 15 bins.
-        probabilities: float32 (N, C) on the CPU, calibrated by each model: the confidences that users see.
-    """
+    """The measures of one model, or of an ensemble, on one split."""
 
     class_names: list[str]
-    confusion: Tensor
-    loss: float
-    calibration_error: float
-    probabilities: Tensor
+    confusion: Tensor  # int64 (C, C), rows are true classes
+    loss: float  # mean cross-entropy in nats at temperature 1, as `eval_loss` in metrics.jsonl
+    calibration_error: float  # expected calibration error of `probabilities`, 0..1
+    probabilities: Tensor  # float32 (N, C) on the CPU, calibrated by each model: the confidences that users see
 
     @property
     def correct(self) -> int:
@@ -118,27 +101,18 @@ class Evaluation:
 
 
 def evaluate(
-    models: Sequence[DigitClassifier],
-    split: Split,
-    class_names: list[str],
-    device: torch.device,
-    batch_size: int = 500,
+    models: list[DigitClassifier], split: Split, class_names: list[str], device: torch.device, batch_size: int = 500
 ) -> Evaluation:
-    """Measure one model, or several as an ensemble: their class probabilities are averaged.
-
-    The models, at least one, of as many classes as there are names, are moved to `device`.
-    """
+    """Measure the mean of the probabilities of models, at least one, all of these classes; moves them to `device`."""
     logits = [predict_logits(model.to(device), split.images, device, batch_size) for model in models]
     return _measure(logits, models, split.labels, class_names)
 
 
 def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, split: Split) -> tuple[Evaluation, Tensor]:
-    """Each rank answers its own part of a split and all ranks get all answers: every image counts exactly once.
+    """Each rank answers its own part of a split, so that every image counts once; all ranks get the same measures.
 
-    `model` is the plain network, never the one that DDP wraps, which would wait for ranks with fewer batches.
-
-    Returns:
-        The same measures on every rank, and the logits, float32 (N, C) on the CPU.
+    `model` is the plain network, never the one that DDP wraps, which would wait for ranks with fewer batches. Also
+    returns the logits, float32 (N, C) on the CPU.
     """
     ranks, rank, total = accelerator.num_processes, accelerator.process_index, len(split.labels)
     own = slice(total * rank // ranks, total * (rank + 1) // ranks)
@@ -150,9 +124,7 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
     return _measure([logits], [model], split.labels, model.class_names), logits
 
 
-def _measure(
-    logits: list[Tensor], models: Sequence[DigitClassifier], labels: Tensor, class_names: list[str]
-) -> Evaluation:
+def _measure(logits: list[Tensor], models: list[DigitClassifier], labels: Tensor, class_names: list[str]) -> Evaluation:
     logits, labels = [each.cpu() for each in logits], labels.cpu()
     # The mean over models in logarithms, so that no small probability becomes zero.
     plain = torch.stack([F.log_softmax(each.double(), dim=1) for each in logits]).logsumexp(dim=0)
@@ -166,9 +138,7 @@ def _measure(
     )
 
 
-def load_for_evaluation(
-    names: Sequence[str | Path] | None, dataset: str
-) -> tuple[dict[str, DigitClassifier], ImageData]:
+def load_for_evaluation(models: list[str] | None, dataset: str) -> tuple[dict[str, DigitClassifier], ImageData]:
     """Models by name (without names the default one), and the data set to use them on.
 
     Raises:
@@ -176,9 +146,9 @@ def load_for_evaluation(
     """
     use_all_cores()
     data = load_data(dataset)
-    models = {str(name): load_model(name) for name in names or [default_model()]}
-    for model in models.values():
-        own, given = _listed(model.class_names), _listed(data.class_names)
+    loaded = {name: load_model(name) for name in models or [str(default_model())]}
+    for model in loaded.values():
+        own, given = (f"{len(names)} classes ({', '.join(names)})" for names in (model.class_names, data.class_names))
         if len(model.class_names) != len(data.class_names):
             raise UserError(
                 f"the model {model.name} has {own}, the data set {given}: choose a model and a data set that belong "
@@ -186,11 +156,7 @@ def load_for_evaluation(
             )
         if model.class_names != data.class_names:
             print(f"note: the model has {own}, the data set {given}", file=sys.stderr)
-    return models, data
-
-
-def _listed(names: list[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names) if len(names) <= 12 else f'{names[0]} ... {names[-1]}'})"
+    return loaded, data
 
 
 def _or_none(share: float) -> float | None:

@@ -33,7 +33,7 @@ def export_model(model: DigitClassifier, file_format: str, output: Path) -> floa
     `metadata.json` in the other two.
 
     Args:
-        model: the network, on the CPU; it is put into eval mode.
+        model: on the CPU; it is put into eval mode.
         file_format: a key of `FORMATS`.
         output: the file to write; whatever was there stays if the new content fails its check.
 
@@ -73,13 +73,10 @@ def _largest_difference(model: DigitClassifier, runtime: Runtime) -> float:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(max(CHECKED_BATCH_SIZES), 1, 28, 28, generator=generator)
     images *= torch.rand(images.shape, generator=generator) < 0.5  # half the pixels black, as paper is
-    differences = []
-    for batch_size in CHECKED_BATCH_SIZES:
-        expected, logits = model(images[:batch_size]), runtime(images[:batch_size])
-        if logits.shape != expected.shape:
-            return torch.inf
-        differences.append((logits - expected).abs().max())
-    return float(torch.stack(differences).max())
+    pairs = [(model(images[:size]), runtime(images[:size])) for size in CHECKED_BATCH_SIZES]
+    if any(logits.shape != expected.shape for expected, logits in pairs):
+        return torch.inf
+    return float(torch.cat([logits - expected for expected, logits in pairs]).abs().max())
 
 
 def _metadata(model: DigitClassifier) -> dict[str, str]:

@@ -42,13 +42,7 @@ STYLE: Any = {
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path | None = None) -> np.ndarray:
-    """Loss, accuracy and learning rate by epoch, from the rows of `metrics.jsonl`.
-
-    Args:
-        rows: with `epoch`, `train_loss`, `eval_loss`, `eval_accuracy` (0..1) and `learning_rate`; a row with
-            `final` true is left out, and a value that is missing or not finite leaves a gap.
-        path: the picture to write, if any.
-    """
+    """Loss, accuracy and learning rate by epoch, from the rows of `metrics.jsonl`; missing values leave gaps."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     rows = [row for row in rows if not row.get("final")]
@@ -147,17 +141,12 @@ def draw_samples(
     probabilities: Tensor,
     class_names: list[str],
     path: Path | None = None,
-    title: str | None = None,
+    title: str = "",
 ) -> np.ndarray:
     """Images with the model's answers, the right and the wrong ones told apart by colour, mark and text.
 
-    Args:
-        images: uint8 (N, 28, 28).
-        labels: int64 (N,), the true classes.
-        probabilities: float (N, C).
-        class_names: C names.
-        path: the picture to write, if any.
-        title: instead of how many are right.
+    Images are uint8 (N, 28, 28), labels int64 (N,), probabilities float (N, C); the title is how many are right, unless
+    there is another.
     """
     from matplotlib.patches import Rectangle
 

@@ -12,14 +12,9 @@ NO_DIGIT_SHARE = 0.008
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count how often each true class (row) was predicted as each class (column).
+    """How often each true class (row) was predicted as each class (column): int64 (num_classes, num_classes).
 
-    Args:
-        predictions: int64 (N,) in 0..num_classes-1.
-        labels: int64 (N,) in 0..num_classes-1, on the same device.
-
-    Returns:
-        int64 (num_classes, num_classes) on the inputs' device.
+    Predictions and labels are int64 (N,) in 0..num_classes-1 on one device.
     """
     cells = labels * num_classes + predictions
     return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
@@ -54,11 +49,8 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     """The mean distance between how sure the predictions are and how often they are right, in 0..1.
 
     Images are sorted by confidence into `bins` equal intervals; within each, mean confidence is compared with accuracy.
+    Probabilities are float (N, C), labels int64 (N,), N > 0.
     Source: C. Guo et al., "On calibration of modern neural networks", ICML 2017, eq. 3.
-
-    Args:
-        probabilities: float (N, C), rows that sum to 1; N > 0.
-        labels: int64 (N,).
     """
     confidences, predictions = probabilities.cpu().double().max(dim=1)
     bin_of = (confidences * bins).ceil().long()
@@ -70,17 +62,11 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T in 0.05..20 for which softmax(logits / T) has the smallest cross-entropy.
 
-    It makes confidences honest and changes no prediction; fit it on images that were not trained on. The loss is convex
-    in 1/T, so that its slope changes sign only once.
+    It makes confidences honest and changes no prediction; fit it on images that were not trained on: logits float
+    (N, C), finite, labels int64 (N,). The loss is convex in 1/T, so that its slope changes sign only once.
+    Where every prediction is right, T is 1: the loss then falls all the way to T = 0, which would claim certainty that
+    a finite number of images cannot show.
     Source: C. Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2.
-
-    Args:
-        logits: float (N, C), finite.
-        labels: int64 (N,).
-
-    Returns:
-        1.0 where every prediction is right (or there is none): the loss then falls all the way to T = 0, which would
-        claim certainty that a finite number of images cannot show.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()
     if not torch.isfinite(logits).all():
@@ -97,16 +83,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def confidences(logits: Tensor, temperature: float, no_digit_level: float) -> Tensor:
-    """How sure a model is of each class: float64 (N, C), rows sum to 1.
+    """How sure a model with logits float (N, C) is of each class: float64 (N, C), rows sum to 1.
 
     softmax(logits / T) says which class, but never that none fits. How much there is of any class at all is
     logsumexp(logits / T), the negated free energy of W. Liu et al., "Energy-based out-of-distribution detection",
-    NeurIPS 2020. As it sinks below `no_digit_level`, the answer goes over to "every class is as likely".
-
-    Args:
-        logits: float (N, C).
-        temperature: as `fit_temperature` finds it.
-        no_digit_level: as `fit_no_digit_level` finds it; -inf leaves the softmax alone.
+    NeurIPS 2020. As it sinks below `no_digit_level`, the answer goes over to "every class is as likely"; a level of
+    -inf leaves the softmax alone.
     """
     scaled = logits.double() / temperature
     no_digit = _no_digit(scaled, no_digit_level).unsqueeze(1)

@@ -14,25 +14,17 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
         model: the network.
         facts: `dataset`, `epoch`, `step`, `split` (that was evaluated), `accuracy` (0..1), `loss`, `options`.
     """
-    dataset, accuracy = facts["dataset"], facts["accuracy"]
+    dataset, split, accuracy, task = facts["dataset"], facts["split"], facts["accuracy"], "image-classification"
+    result = EvalResult(task, dataset, dataset, "accuracy", round(accuracy, 6), dataset_split=split)
     metadata = ModelCardData(
         license="mit",
         library_name="mnist_accel",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         tags=["mnist", "accelerate", "safetensors"],
         datasets=[dataset] if dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) else None,
         metrics=["accuracy"],
         model_name=model.name,
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=dataset,
-                dataset_name=dataset,
-                dataset_split=facts["split"],
-                metric_type="accuracy",
-                metric_value=round(accuracy, 6),
-            )
-        ],
+        eval_results=[result],
     )
     options = "\n".join(f"    {name}: {value}" for name, value in facts["options"].items())
     return f"""---
@@ -42,13 +34,8 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
 # {model.name}
 
 Classifies 28x28 images into {len(model.class_names)} classes: {", ".join(model.class_names)}.
-{count_parameters(model):,} parameters, trained on {dataset} with Hugging Face Accelerate.
-
-| | |
-|---|---|
-| epoch, optimizer step | {facts["epoch"]}, {facts["step"]:,} |
-| accuracy ({facts["split"]} split) | {accuracy:.2%} |
-| average loss ({facts["split"]} split) | {facts["loss"]:.4f} |
+{count_parameters(model):,} parameters, trained on {dataset} with Hugging Face Accelerate: epoch {facts["epoch"]},
+optimizer step {facts["step"]:,}. On the {split} split: accuracy {accuracy:.2%}, average loss {facts["loss"]:.4f}.
 
 ## Use
 

@@ -20,7 +20,7 @@ class Reporter:
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
         self.accelerator, self.config = accelerator, config
-        self.bar: tqdm | None = None
+        self.bar = tqdm(disable=True)
 
     def say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -60,25 +60,21 @@ class Reporter:
 
     def start_epoch(self, epoch: int, images_done: int, images: int) -> None:
         """Show a bar for an epoch (0-based) where the output is a terminal."""
-        if self.accelerator.is_main_process:
-            self.bar = tqdm(
-                desc=f"Epoch {epoch + 1}/{self.config.epochs}",
-                initial=images_done,
-                total=images,
-                unit=" images",
-                leave=False,
-                disable=None,
-                dynamic_ncols=True,
-            )
+        self.bar = tqdm(
+            desc=f"Epoch {epoch + 1}/{self.config.epochs}",
+            initial=images_done,
+            total=images,
+            unit=" images",
+            leave=False,
+            disable=None if self.accelerator.is_main_process else True,  # None: only where there is no terminal
+            dynamic_ncols=True,
+        )
 
     def advance(self, images: int) -> None:
-        if self.bar is not None:
-            self.bar.update(images)
+        self.bar.update(images)
 
     def end_epoch(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.bar.close()
 
     def log_step(self, step: int, epoch: int, done: int, images: int, loss: float, rate: float, speed: float) -> None:
         """A progress line, and the same numbers to the trackers; `loss` is the epoch's mean so far."""
@@ -86,23 +82,18 @@ class Reporter:
             f"Epoch {epoch + 1}/{self.config.epochs} [{done:>{len(str(images))}}/{images} ({done / images:.0%})]  "
             f"Step: {step}  Loss: {loss:.4f}  Learning rate: {rate:.3g}  {speed:,.0f} images/s"
         )
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
 
-    def log_epoch(self, row: dict[str, Any]) -> None:
-        self.accelerator.log(
-            {f"epoch/{name}": value for name, value in row.items() if name not in ("epoch", "step")}, step=row["step"]
-        )
+    def log_row(self, row: dict[str, Any]) -> None:
+        """Log a row of metrics.jsonl.
 
-    def log_result(self, result: dict[str, Any]) -> None:
-        """Log the last row of metrics.jsonl.
-
-        One step on: a resumed run has TensorBoard purge what lies beyond its checkpoint, and so this, were it logged
-        before.
+        The last one goes one step on: a resumed run has TensorBoard purge what lies beyond its checkpoint, and so this,
+        were it logged before.
         """
-        values = {f"final/{name}": value for name, value in result.items() if name not in ("final", "step")}
-        self.accelerator.log(values, step=result["step"] + 1)
+        kind = "final" if "final" in row else "epoch"
+        values = {f"{kind}/{name}": value for name, value in row.items() if name not in ("epoch", "final", "step")}
+        self.accelerator.log(values, step=row["step"] + (kind == "final"))
 
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Send a uint8 (H, W, 3) picture to the trackers that take pictures."""

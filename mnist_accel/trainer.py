@@ -237,7 +237,7 @@ class Trainer:
                 if is_best:
                     self._write_weights("best", self.eval_name, result)
                 self.folder.write_metrics(state.history)
-                self.reporter.log_epoch(state.history[-1])
+                self.reporter.log_row(state.history[-1])
         self.loss_sum.zero_()
         self._started = time.perf_counter()
         if state.step % loader.steps_per_epoch == 0:
@@ -311,7 +311,7 @@ class Trainer:
                 self.folder.write_metrics([*state.history, final])
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
-                self.reporter.log_result(final)
+                self.reporter.log_row(final)
         if self.config.validation_size:
             self.reporter.say(f"Test set (read once): {result.as_line()}")
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")

@@ -114,12 +114,12 @@ def test_a_class_that_never_occurs_has_no_recall_in_json_and_a_dash_in_text():
 def test_a_model_of_another_number_of_classes_is_refused(tmp_path):
     save_model(make_model(0, class_names=["cat", "dog", "bird"]), tmp_path)
     with pytest.raises(UserError, match=r"3 classes \(cat, dog, bird\)"):
-        load_for_evaluation([tmp_path], "digits")
+        load_for_evaluation([str(tmp_path)], "digits")
 
 
 def test_a_model_of_other_class_names_is_used_with_a_note(tmp_path, capsys):
     save_model(make_model(0, class_names=[f"class {digit}" for digit in DIGITS]), tmp_path)
-    models, _ = load_for_evaluation([tmp_path], "digits")
+    models, _ = load_for_evaluation([str(tmp_path)], "digits")
     assert list(models) == [str(tmp_path)]
     assert "10 classes (class 0, class 1, " in capsys.readouterr().err
 

@@ -44,7 +44,9 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_is_not_started_over(died_ear
         (checkpoint / STATE_NAME).write_bytes(b"half")
     with pytest.raises(UserError, match="step_00000003 is damaged"):
         died_early.open(CONFIG, "the same")
-    assert capsys.readouterr().out.count("warning: ") == 2
+    assert capsys.readouterr().out.startswith(
+        f"warning: checkpoint {died_early.checkpoints / 'step_00000006'} is damaged"
+    )
 
 
 @pytest.mark.parametrize("resume", ["runs/mine", "runs/mine/checkpoints/step_00000010"])
