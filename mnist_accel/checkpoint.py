@@ -18,10 +18,7 @@ STATE_NAME = "training_state.pt"
 
 @dataclass
 class TrainState:
-    """Where training stands; with the weights and the optimizer's state, all that a resumed run needs.
-
-    There are no generator states: every random draw is a function of the seed and the step (`seeding.py`).
-    """
+    """Where training stands; with weights and optimizer's state all that a resumed run needs (see `seeding.py`)."""
 
     step: int = 0  # optimizer steps done; at the end of an epoch saved only after its evaluation is in `history`
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl so far
@@ -121,11 +118,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of one checkpoint, all tensors on the CPU; never executes what is in it.
-
-    Raises:
-        UserError: there is none at `path`, or it is damaged.
-    """
+    """The content of one checkpoint, tensors on the CPU, executing nothing; `UserError` if none is there, or half."""
     file = path / STATE_NAME
     if not file.is_file():
         raise UserError(f"no checkpoint at {path}: give a folder checkpoints/step_XXXXXXXX of a run, or --resume auto")

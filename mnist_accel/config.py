@@ -8,8 +8,9 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ SCHEDULER_NAMES = ("constant", "linear", "cosine", "onecycle")
 AUGMENTATION_NAMES = ("affine", "elastic", "handwriting")
 STOPPING_METRICS = ("accuracy", "loss")
 
+SWITCH = argparse.BooleanOptionalAction
 # What a run's config.yaml holds beside its options; ignored when the file is read back with --config.
 PROVENANCE = "provenance"
 # Options that may differ between a checkpoint and the run that resumes it: they do not change what is computed.
@@ -39,42 +41,33 @@ def option(default: Any, help: str, **argument: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **argument})
 
 
-def switch(help: str) -> Any:
-    """An option that is off, and on or off again with `--name` and `--no-name`."""
-    return option(False, help, action=argparse.BooleanOptionalAction)
-
-
-def _number(
-    kind: type, low: float, below: float = math.inf, words: Mapping[str, Any] | None = None
-) -> Callable[[str], Any]:
-    """A parser for numbers from `low` to below `below`, and for `words` that stand for a value."""
+def _number(kind: type, low: float, below: float = math.inf, words: Any = ()) -> Callable[[str], Any]:
+    """A parser for numbers from `low` to below `below`, and for `words`, a dict of those that stand for a value."""
 
     def parse(text: str) -> Any:
-        if words and text.lower() in words:
+        if text.lower() in words:
             return words[text.lower()]
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not low <= value < below:
-            what = "a whole number" if kind is int else "a number"
-            limit = f" and below {below:g}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of at least {low}{limit}")
+            kind_name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind_name} x with {low} <= x < {below:g}")
         return value
 
     return parse
 
 
-def _text_or_off(text: str) -> str | None:
-    return None if text.lower() in ("off", "none") else text
+def _text_or_off(text: str, form: str = ".*", what: str = "") -> str | None:
+    if text.lower() in ("off", "none"):
+        return None
+    if not re.fullmatch(form, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return text
 
 
-def _repository(text: str) -> str | None:
-    if _text_or_off(text) and not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form USER/NAME")
-    return _text_or_off(text)
-
-
+_REPOSITORY = partial(_text_or_off, form=r"[\w.-]+/[\w.-]+", what="of the form USER/NAME")
 _COUNT, _POSITIVE = _number(int, 0), _number(int, 1)
 _RATE, _FRACTION = _number(float, 0, words={"off": 0.0}), _number(float, 0, 1, words={"off": 0.0})
 _OFF = {"off": None, "none": None}
@@ -103,7 +96,7 @@ class TrainConfig:
     ema_decay: float | None = option(None, "decay of an average of the weights", type=_number(float, 0, 1, words=_OFF))
     max_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=_number(float, 0, words=_OFF))
     gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", type=_POSITIVE)
-    augment: bool = switch("distort whole batches at random: rotation, translation, scale, shear")
+    augment: bool = option(False, "distort whole batches at random, as --augmentation says", action=SWITCH)
     augmentation: str = option("affine", "which distortions --augment draws", choices=AUGMENTATION_NAMES)
     non_digits: int = option(0, "pictures of no digit to train on, each class as likely for them", type=_COUNT)
     validation_size: int = option(0, "training images held out to choose best/; 0: the test split does", type=_COUNT)
@@ -118,11 +111,13 @@ class TrainConfig:
         None, "'auto': from the newest checkpoint in --output-dir, if any; or a checkpoint's path", type=_text_or_off
     )
     seed: int = option(0, "of initial weights, order of images, augmentation and dropout", type=_COUNT)
-    deterministic: bool = switch("bit-reproducible kernels; slower on a GPU")
+    deterministic: bool = option(False, "bit-reproducible kernels; slower on a GPU", action=SWITCH)
     log_every: int = option(100, "optimizer steps between progress lines", type=_POSITIVE)
     report_to: str = option("tensorboard", "'none', or any tracker that Accelerate knows")
-    push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", type=_repository)
-    auto_batch_size: bool = switch("when memory runs out, halve the micro-batch and double accumulation")
+    push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", type=_REPOSITORY)
+    auto_batch_size: bool = option(
+        False, "when memory runs out, halve the micro-batch and double accumulation", action=SWITCH
+    )
 
     def options(self) -> dict[str, Any]:
         """Option names to values, in the order above."""
@@ -132,14 +127,10 @@ class TrainConfig:
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The options as used: defaults, then the recipe, then `--config FILE.yaml`, then the command line.
 
-    Raises:
-        UserError: an unknown option, key or value.
+    Raises a `UserError` that names an unknown option, key or value.
     """
-    parser = CommandLine(
-        prog="train.py",
-        description="Train on MNIST with Hugging Face Accelerate. Precision, devices and process counts "
-        "are the launcher's: see `accelerate launch --help`.",
-    )  # fmt: skip
+    launcher = "Precision, devices and process counts are the launcher's: see `accelerate launch --help`."
+    parser = CommandLine(prog="train.py", description=f"Train on MNIST with Hugging Face Accelerate. {launcher}")
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     for field in dataclasses.fields(TrainConfig):
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **field.metadata)
@@ -178,10 +169,6 @@ def _file_arguments(path: Path) -> list[str]:
     return arguments
 
 
-def _as_text_or_off(value: Any) -> str:
-    return "off" if value is None or value is False else "on" if value is True else str(value)
-
-
 def differing_options(then: dict[str, Any], now: TrainConfig) -> list[str]:
     """How the options of a checkpoint or an earlier run differ from today's where that changes what is computed."""
     # Where the data lies does not matter, only what it is: its fingerprint is compared instead.
@@ -189,7 +176,7 @@ def differing_options(then: dict[str, Any], now: TrainConfig) -> list[str]:
     if now.scheduler == "constant" and now.warmup_fraction == 0:
         free |= {"epochs"}
     return [
-        f"--{name.replace('_', '-')} was {_as_text_or_off(then[name])}, is {_as_text_or_off(value)}"
+        f"--{name.replace('_', '-')} was {then[name]}, is {value}"
         for name, value in now.options().items()
         if name not in free and name in then and then[name] != value
     ]

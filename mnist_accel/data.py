@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import struct
 import sys
 import time
 import zlib
@@ -30,6 +31,7 @@ from mnist_accel.cli import UserError, is_first_rank
 
 SIZE = 28
 CACHE_VERSION = 1  # part of every key: raise it when the same source would decode to other tensors
+SPLITS, KINDS = ("train", "test"), ("images", "labels")
 EMBEDDED = Path(__file__).parent / "assets" / "digits.npz"
 
 
@@ -55,12 +57,9 @@ class ImageData:
 def load_data(name: str) -> ImageData:
     """The data set of this name, decoded, from the cache where it has been decoded before.
 
-    Args:
-        name: `digits`, the embedded set; a folder of the four IDX files; a folder that `datasets.load_dataset` reads,
-            such as a copy of a Hub repository; or a Hub id. `ID:CONFIG` picks one of several configurations.
-
-    Raises:
-        UserError: there is no such data set, it is out of reach, or it is not made of images with class labels.
+    `name` is `digits`, a folder of the four IDX files, a folder that `datasets.load_dataset` reads or a Hub id;
+    `NAME:CONFIG` picks one of several configurations. Raises a `UserError` where there is no such data set, it is
+    out of reach, or it is not made of images with class labels.
     """
     if name == "digits":
         return _embedded_digits()
@@ -84,21 +83,19 @@ def load_data(name: str) -> ImageData:
 def check_data(train: Split, test: Split, class_names: list[str], source: str) -> ImageData:
     """Check what was decoded, number classes without names, bring images to white on black, and fingerprint it all.
 
-    Raises:
-        UserError: a split is empty or has labels outside the classes.
+    Raises a `UserError` where a split is empty or has labels outside the classes.
     """
-    splits = {"training": train, "test": test}
-    for kind, split in splits.items():
-        if not len(split.images):
-            raise UserError(f"{source} has no {kind} images: choose another data set")
-    class_names = class_names or [str(label) for label in range(1 + int(max(train.labels.max(), test.labels.max())))]
-    for kind, split in splits.items():
-        low, high = int(split.labels.min()), int(split.labels.max())
-        if low < 0 or high >= len(class_names):
-            raise UserError(
-                f"{source} has {kind} labels from {low} to {high}, but {len(class_names)} classes "
-                f"(0 to {len(class_names) - 1}): remove or relabel these images"
-            )
+    if not len(train.images) or not len(test.images):
+        raise UserError(
+            f"{source} has no {'test' if len(train.images) else 'training'} images: choose another data set"
+        )
+    low, high = torch.cat((train.labels, test.labels)).aminmax()
+    class_names = class_names or [str(label) for label in range(int(high) + 1)]
+    if low < 0 or high >= len(class_names):
+        raise UserError(
+            f"{source} has labels from {low} to {high}, but {len(class_names)} classes (0 to {len(class_names) - 1}): "
+            "remove or relabel these images"
+        )
     border = torch.ones(SIZE, SIZE, dtype=torch.bool)
     border[1:-1, 1:-1] = False
     if train.images[:1000, border].float().mean() > 127.5:
@@ -140,17 +137,12 @@ IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-
 
 
 def _find_idx(folder: Path) -> list[Path]:
-    """The four IDX files in the order above, gzipped or not, in the folder or where torchvision leaves them; or none.
-
-    Raises:
-        UserError: some of the four are there and some are missing.
-    """
+    """The four IDX files in the order above, gzipped or not, in the folder or where torchvision puts them; or none."""
     for place in (folder, folder / "MNIST" / "raw", folder / "raw"):
         found: dict[str, Path] = {}
         for name in IDX_NAMES:
-            for path in sorted(place.glob(name.replace("-idx", "[-.]idx") + "*")):
-                if path.is_file():
-                    found.setdefault(name, path)
+            for path in sorted(filter(Path.is_file, place.glob(name.replace("-idx", "[-.]idx") + "*")))[:1]:
+                found[name] = path
         if len(found) == len(IDX_NAMES):
             return list(found.values())
         if found:
@@ -163,14 +155,12 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an IDX file (http://yann.lecun.com/exdb/mnist/): magic 0, 0, 8, rank; big-endian sizes."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
+        magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
     header = 4 + 4 * dimensions
-    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < header:
-        raise UserError(f"{path} is not an IDX file of {dimensions}-dimensional unsigned bytes: fetch it again")
-    shape = np.frombuffer(data, ">u4", dimensions, 4).tolist()
-    if len(data) != header + math.prod(shape):
-        raise UserError(f"{path} has {len(data)} bytes, not what its header {shape} says: fetch it again")
+    if magic != 0x800 + dimensions or len(data) != header + math.prod(shape):
+        raise UserError(f"{path} is not a whole IDX file of {dimensions}-dimensional unsigned bytes: fetch it again")
     return np.frombuffer(bytearray(data), np.uint8, offset=header).reshape(shape)
 
 
@@ -189,11 +179,7 @@ def _from_idx(folder: Path, *files: Path) -> ImageData:
 
 
 def scale_image(image: Any, where: str) -> np.ndarray:
-    """A Pillow image as uint8 (28, 28): grey, and scaled if it is square and of another size.
-
-    Raises:
-        UserError: it is not square, or its pixels have more than 8 bits.
-    """
+    """A Pillow image as grey uint8 (28, 28); a `UserError` if it is not square or its pixels have more than 8 bits."""
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):
@@ -242,9 +228,7 @@ def _cached(key: list[Any], make: Callable[[], ImageData]) -> ImageData:
 
 
 def _write_cache(file: Path, data: ImageData) -> None:
-    tensors = {
-        f"{split}_{kind}": tensor for split in ("train", "test") for kind, tensor in vars(getattr(data, split)).items()
-    }
+    tensors = {f"{name}_{kind}": tensor for name in SPLITS for kind, tensor in vars(getattr(data, name)).items()}
     facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "source": data.source}
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
@@ -263,10 +247,7 @@ def _read_cache(file: Path) -> ImageData | None:
     try:
         with safe_open(file, "pt") as archive:
             facts = archive.metadata()
-            train, test = (
-                Split(archive.get_tensor(f"{split}_images"), archive.get_tensor(f"{split}_labels"))
-                for split in ("train", "test")
-            )
+            train, test = (Split(*(archive.get_tensor(f"{name}_{kind}") for kind in KINDS)) for name in SPLITS)
         return ImageData(train, test, json.loads(facts["class_names"]), facts["fingerprint"], facts["source"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

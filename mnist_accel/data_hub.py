@@ -17,8 +17,7 @@ from mnist_accel.hub import reason
 def load_folder(name: str, folder: Path, config: str) -> ImageData:
     """Decode a folder that the `datasets` library reads; `name` is for messages, `config` may be empty.
 
-    Raises:
-        UserError: it does not, or finds no labelled images with a training and a test split.
+    Raises a `UserError` where there are no labelled images with a training and a test split.
     """
     import datasets
 

@@ -29,7 +29,7 @@ class HubTimeout(Exception):
 def reason(error: Exception) -> str:
     """The kind of an error and the first two lines of its message, in one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"
+    return ": ".join([type(error).__name__, *lines[:2]])
 
 
 @contextmanager
@@ -52,10 +52,10 @@ def _impatient_hub(seconds: float) -> Iterator[None]:
 
     # The client's class is httpx's or httpx2's, by the version of huggingface_hub.
     client, hooks = type(get_session()), get_session().event_hooks
-    limited = {**hooks, "request": [*hooks["request"], limit]}
     xet_before, verbosity_before = constants.HF_HUB_DISABLE_XET, logging.get_verbosity()
     hide_bars = not sys.stderr.isatty() and not are_progress_bars_disabled()
     try:
+        limited = {**hooks, "request": [*hooks["request"], limit]}
         set_client_factory(lambda: client(event_hooks=limited, follow_redirects=True))
         constants.HF_HUB_DISABLE_XET = True  # Xet's own client, which the hook does not reach, has no such limits
         logging.set_verbosity_error()
@@ -73,16 +73,10 @@ def _impatient_hub(seconds: float) -> Iterator[None]:
 def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = "model") -> Path:
     """The local folder with these files, or all, of a repository; as cached where the Hub is out of reach.
 
-    Args:
-        hub_id: `USER/NAME`.
-        names: the files, which have to be there.
-        kind: "model" or "dataset".
-
-    Raises:
-        UserError: there is no such repository or file, or the Hub is out of reach and the cache does not have them.
+    `kind` is "model" or "dataset". Raises a `UserError` where neither the Hub nor the cache gives all of `names`.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     fetch = partial(snapshot_download, hub_id, repo_type=kind, allow_patterns=names)
     folder, what = "", "data set" if kind == "dataset" else kind
@@ -105,12 +99,10 @@ def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = 
             folder = fetch()
         if missing := [name for name in names or () if not Path(folder, name).is_file()]:
             raise UserError(f"{hub_id} on the Hub has no {' and '.join(missing)}: {WAYS_ON[kind]}")
-    except GatedRepoError as error:
-        raise UserError(f"{hub_id} is gated: accept its terms on the Hub and log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"unknown {what} {hub_id}: no such folder, and the Hub has no such {what}, or it is private: log in with "
-            "`hf auth login`, or choose another"
+            f"unknown {what} {hub_id}: no such folder, and the Hub has no such {what}, or it is private or gated: "
+            "accept its terms there and log in with `hf auth login`, or choose another"
         ) from error
     except UserError:
         raise
@@ -124,11 +116,7 @@ def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = 
 
 
 def upload_folder(folder: Path, hub_id: str) -> str:
-    """Upload a folder as the model repository `hub_id`, made if need be; returns its address.
-
-    Raises:
-        UserError: the Hub refuses or is out of reach.
-    """
+    """Upload a folder as the model repository `hub_id`; returns its address, or raises a `UserError`."""
     from huggingface_hub import HfApi
 
     try:

@@ -129,11 +129,11 @@ def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "not an IDX file"),
-        (b"\0\0\x08\x01" + bytes(20), "not an IDX file"),
-        (idx_bytes(pictures(3))[:-1], "not what its header"),
-        (idx_bytes(pictures(3)) + b"x", "not what its header"),
-        (b"\0\0\x08\x03" + b"\xff" * 12, "not what its header"),
+        (b"", "cannot be read"),
+        (b"\0\0\x08\x01" + bytes(20), "not a whole IDX file"),
+        (idx_bytes(pictures(3))[:-1], "not a whole IDX file"),
+        (idx_bytes(pictures(3)) + b"x", "not a whole IDX file"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "not a whole IDX file"),
         (idx_bytes(pictures(4)), "4 images, its label file 3 labels"),
     ],
 )

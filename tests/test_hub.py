@@ -101,7 +101,7 @@ def test_a_repository_without_weights_is_told(hub):
 
 def test_a_gated_model_is_told_with_the_way_in(hub):
     hub.fault = lambda path: "gated"
-    refused("test/digits", "test/digits is gated", "accept its terms", "hf auth login")
+    refused("test/digits", "test/digits", "gated", "accept its terms", "hf auth login")
 
 
 @pytest.mark.parametrize("how", ["closed", "503", "hang"])
