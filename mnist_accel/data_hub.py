@@ -1,4 +1,4 @@
-"""Whatever the `datasets` library reads, local folders and the Hub, as uint8 tensors; the Hub in bounded time."""
+"""Folders that the `datasets` library reads, from the Hub or a user's own, as uint8 tensors."""
 
 import io
 import sys
