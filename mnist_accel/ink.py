@@ -46,6 +46,9 @@ def find_digit(grey: Grey, tight: bool) -> Ink | None:
     if tight:
         digit = digit_parts(mask, strength)
         return None if digit is None else sharpened(strength, digit)
+    outlined, mask = mask, _filled(mask, smooth)
+    if mask is not outlined:
+        strength = np.where((mask > 0) & (outlined == 0), strength[outlined > 0].max(), strength * mask)
     foreign = foreign_parts(mask)
     if foreign.any():
         # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
@@ -137,6 +140,30 @@ def ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
     share = is_paper.mean()
     between = share * (1 - share) * (smooth[is_paper].mean() - smooth[~is_paper].mean()) ** 2 if 0 < share < 1 else 0.0
     return np.maximum(strength, 0), 0.0 if between > 0.75 * float(smooth.var()) else noise
+
+
+def _filled(mask: Mask, smooth: Grey) -> Mask:
+    """The mask itself, or with the inside of a shape too broad for `_paper` to see past, found as its outline only.
+
+    A filled square would read as a zero otherwise. Where dark ink was assumed and the shape is bright, the outline is a
+    halo, as dark as all around it: then the shape is what it encloses.
+    """
+    inside = np.zeros_like(mask)
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(inside, contours, -1, 1, cv2.FILLED)
+    near, far = (np.asarray(cv2.dilate(inside, np.ones((side, side), np.uint8)), np.uint8) for side in (5, 11))
+    around = far & (1 - near)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(inside & (1 - mask), connectivity=8)
+    if count < 2 or not around.any():
+        return mask
+    largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+    if min(stats[largest, cv2.CC_STAT_WIDTH], stats[largest, cv2.CC_STAT_HEIGHT]) <= 0.1 * max(mask.shape):
+        return mask
+    hole = (labels == largest).astype(np.uint8)
+    outline, enclosed, paper = (float(np.median(smooth[part > 0])) for part in (mask, hole, around))
+    if abs(enclosed - outline) < 0.2 * abs(paper - outline):
+        return mask | hole
+    return hole if abs(outline - paper) < 0.2 * abs(enclosed - outline) else mask
 
 
 def _is_shading(strength: Grey, part: Mask) -> bool:
@@ -249,7 +276,7 @@ def digit_parts(mask: Mask, strength: Grey) -> Mask | None:
     """The connected parts of the mask that make up the digit; None if there are none.
 
     The one with most ink nearest to the middle, and those close to it that are more than specks. A part that reaches
-    the image's edge while the main part does not is a neighbour's.
+    the image's edge while the main part does not is a neighbour's; a second digit that is there as a whole is kept.
     """
     height, width = mask.shape
     count, labels, stats, centroids = cv2.connectedComponentsWithStats(mask, connectivity=8)
@@ -274,6 +301,11 @@ def digit_parts(mask: Mask, strength: Grey) -> Mask | None:
         overlaps = (np.maximum(gap_x, gap_y) == 0) & (centroids[:, 0] > left_end) & (centroids[:, 0] < right_end)
         overlaps &= (centroids[:, 1] > top_end) & (centroids[:, 1] < bottom_end)
         part &= main_at_edge | ~at_edge | overlaps
+        # A second digit, whole and about as large: there is no telling which is meant, and both are to be seen.
+        tall = high / (bottom_end - top_end)
+        part |= (
+            ~at_edge & (tall > 0.6) & (tall < 1.6) & (mass > 0.3 * mass[kept].max()) & (area > 0.3 * area[kept].max())
+        )
         part[0] = False
         if not (part & ~kept).any():
             return kept[labels].astype(np.uint8)
