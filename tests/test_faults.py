@@ -74,7 +74,7 @@ def test_an_output_folder_that_cannot_be_made_is_an_error(small_dataset, tmp_pat
     (tmp_path / "run").write_text("a file")
     statuses, output = run(small_dataset, tmp_path)
     assert statuses == [2]
-    assert_one_error_line(output, "output folder", "--output-dir")
+    assert_one_error_line(output, "cannot be written", "--output-dir")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

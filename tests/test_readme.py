@@ -44,6 +44,7 @@ NOT_RUN = {
     "uv sync": ENVIRONMENT,
     "uv sync --extra dev": ENVIRONMENT,
     "uv sync --extra export": ENVIRONMENT,
+    "uv sync --extra heic": ENVIRONMENT,
     "pip install -e .": ENVIRONMENT,
     "pip install -e '.[export]'": ENVIRONMENT,
     "uv run --extra dev pytest": "this test is part of it",
