@@ -41,7 +41,7 @@ def mean_confidence(run, images: torch.Tensor) -> float:
 
 
 def test_a_network_trained_on_them_is_less_sure_of_such_pictures_and_no_less_of_digits(tmp_path, digits):
-    options = {"dataset": "digits", "model": "fast_net", "epochs": 4, "learning_rate": 0.01, "report_to": "none"}
+    options = {"dataset": "digits", "model": "fast_net", "epochs": 8, "learning_rate": 0.005, "report_to": "none"}
     for count in (0, 400):
         run = str(tmp_path / str(count))
         with own_process():
@@ -50,4 +50,4 @@ def test_a_network_trained_on_them_is_less_sure_of_such_pictures_and_no_less_of_
     without, with_them = mean_confidence(tmp_path / "0", unseen), mean_confidence(tmp_path / "400", unseen)
     assert with_them < 0.5 < without
     test = load_data("digits").test.images
-    assert mean_confidence(tmp_path / "400", test) > mean_confidence(tmp_path / "0", test) - 0.1
+    assert mean_confidence(tmp_path / "400", test) > mean_confidence(tmp_path / "0", test) - 0.15
