@@ -18,7 +18,7 @@ from mnist_accel.seeding import derive_seed
 CANVAS = 96
 PAPER = 255
 # Capitals, small letters and signs that no hand writes as a digit: neither O, I, l, S, Z, B, b, q nor the like.
-SIGNS = "AEHKMNPRVWXkmnwx#%@="
+SIGNS = "AEFHKMNPRTVWXfkmnwx#%@*=+"
 FONTS = (0, 1, 2, 3, 4, 6, 7)  # of OpenCV's Hershey fonts, those drawn for reading
 
 Digits = np.ndarray
@@ -80,14 +80,14 @@ def scribble(_: Digits, random: np.random.Generator) -> np.ndarray:
         for _turn in range(3):  # G. Chaikin's corner cutting, 1974
             points = np.stack([0.75 * points[:-1] + 0.25 * points[1:], 0.25 * points[:-1] + 0.75 * points[1:]], 1)
             points = points.reshape(-1, 2)
-    cv2.polylines(canvas, [points.astype(np.int32)], False, 255, int(random.integers(3, 7)), cv2.LINE_AA)
+    cv2.polylines(canvas, [points.astype(np.int32)], False, 255, int(random.integers(3, 10)), cv2.LINE_AA)
     return _in_box(canvas)
 
 
 def solid(_: Digits, random: np.random.Generator) -> np.ndarray:
     """One filled shape about as wide as high, or several."""
     canvas = np.zeros((CANVAS, CANVAS), np.uint8)
-    for _shape in range(int(random.choice([1, 1, 1, 2]))):
+    for _shape in range(int(random.choice([1, 1, 2, 3]))):
         # Never narrower than half of its length: a bar is a 1.
         centre, size = (
             random.uniform(32, CANVAS - 32, 2),

@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
         "augment": True,
         "augmentation": "handwriting",
-        "non_digits": 3000,
+        "non_digits": 6000,
         "validation_size": 5000,
     },
 }
