@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +85,8 @@ class Job:
     def signal(self, number: int, ranks: list[int] | None = None) -> None:
         for rank, process in enumerate(self.processes):
             if process.is_alive() and (ranks is None or rank in ranks):
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):  # it ended this very moment
+                    os.kill(process.pid, number)
 
     def output(self) -> str:
         return "".join(log.read_text() if log.exists() else "" for log in self.logs)
