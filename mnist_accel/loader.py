@@ -36,7 +36,8 @@ class StepBatch:
     """One process's share of a global batch.
 
     Attributes:
-        micro_batches: pairs of float images (n, 1, 28, 28) in 0..1 and int64 labels (n,), `IGNORED_LABEL` where padded.
+        micro_batches: pairs of float images (n, 1, 28, 28) in 0..1 and int64 labels (n,), which
+            index `label_targets`: a class, `NO_DIGIT`, or `IGNORED_LABEL` where padded.
         size: real images in the whole global batch, over all processes.
     """
 

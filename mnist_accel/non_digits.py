@@ -12,6 +12,7 @@ import torch
 
 from mnist_accel.data import SIZE, Split
 from mnist_accel.images import BOX, to_mnist
+from mnist_accel.ink import fitted
 from mnist_accel.loader import NO_DIGIT
 from mnist_accel.seeding import derive_seed
 
@@ -33,17 +34,21 @@ def with_non_digits(split: Split, count: int, seed: int) -> Split:
     return Split(torch.cat([split.images, torch.from_numpy(pictures)]), torch.cat([split.labels, labels]))
 
 
+def _box(ink: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, width and height of what is inked, of a blank image all zero; fainter pixels do not count."""
+    x, y, width, height = cv2.boundingRect((ink > 40).astype(np.uint8))
+    return x, y, width, height
+
+
 def _in_box(ink: np.ndarray) -> np.ndarray:
     """Ink of any size as MNIST's makers place a digit, here by its box; nothing in it is dropped."""
-    x, y, width, height = cv2.boundingRect((ink > 40).astype(np.uint8))
+    x, y, width, height = _box(ink)
     if not width:
         return np.zeros((SIZE, SIZE), np.uint8)
-    scale = BOX / max(width, height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = cv2.resize(ink[y : y + height, x : x + width], size, interpolation=cv2.INTER_AREA)
+    small = fitted(ink[y : y + height, x : x + width], BOX)
     result = np.zeros((SIZE, SIZE), np.uint8)
-    top, left = (SIZE - size[1]) // 2, (SIZE - size[0]) // 2
-    result[top : top + size[1], left : left + size[0]] = small
+    top, left = (SIZE - small.shape[0]) // 2, (SIZE - small.shape[1]) // 2
+    result[top : top + small.shape[0], left : left + small.shape[1]] = small
     return result
 
 
@@ -51,7 +56,9 @@ def several_digits(digits: Digits, random: np.random.Generator) -> np.ndarray:
     """Two to four digits in a row, as close as handwriting or apart."""
     row = np.zeros((SIZE + 12, SIZE), np.uint8)
     for image in digits[random.integers(len(digits), size=random.integers(2, 5))]:
-        x, _, width, _ = cv2.boundingRect((image > 40).astype(np.uint8))
+        x, _, width, _ = _box(image)
+        if not width:
+            continue  # a data set may hold blank images
         gap, rise = int(random.integers(-2, 8)), int(random.integers(0, 12))
         column = np.pad(image[:, x : x + width], ((rise, 12 - rise), (max(0, gap), 0)))
         overlap = max(0, -gap)
@@ -89,10 +96,8 @@ def solid(_: Digits, random: np.random.Generator) -> np.ndarray:
     canvas = np.zeros((CANVAS, CANVAS), np.uint8)
     for _shape in range(int(random.choice([1, 1, 2, 3]))):
         # Never narrower than half of its length: a bar is a 1.
-        centre, size = (
-            random.uniform(32, CANVAS - 32, 2),
-            random.uniform(20, 48) * np.array([1, random.uniform(0.5, 1)]),
-        )
+        centre = random.uniform(32, CANVAS - 32, 2)
+        size = random.uniform(20, 48) * np.array([1, random.uniform(0.5, 1)])
         box = tuple(centre), tuple(size), random.uniform(0, 360)
         if random.random() < 1 / 3:
             cv2.ellipse(canvas, box, 255, -1, cv2.LINE_AA)

@@ -34,6 +34,11 @@ def test_each_kind_shows_something_and_never_twice_the_same(digits, kind):
     assert len(np.unique(pictures, axis=0)) > 45
 
 
+def test_a_data_set_with_blank_images_does_no_harm(digits):
+    blank = digits.images[:5].numpy() * 0
+    assert not KINDS[0](blank, np.random.default_rng(0)).any()
+
+
 def mean_confidence(run, images: torch.Tensor) -> float:
     model = load_model(run)
     with torch.inference_mode():
