@@ -1,6 +1,7 @@
 """The process's place in the launch: its Accelerator, its threads, errors and stop signals that all ranks agree on."""
 
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import accelerate.optimizer
 import psutil
 import torch
 from accelerate import Accelerator
@@ -31,6 +33,8 @@ def build_accelerator(
     """
     use_all_cores()
     keep_freed_memory()
+    # At each step Accelerate's optimizer searches the whole import path twice for a package: a quarter millisecond.
+    accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
     for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         # On a CPU Accelerate would drop such a wish without a word.
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
