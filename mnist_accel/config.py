@@ -19,7 +19,7 @@ import yaml
 from mnist_accel.cli import CommandLine, UserError
 from mnist_accel.recipes import RECIPES
 
-MODEL_NAMES = ("mnist_net", "fast_net", "compact_net", "residual_net")
+MODEL_NAMES = ("mnist_net", "fast_net", "compact_net", "residual_net", "wide_net")
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULER_NAMES = ("constant", "linear", "cosine", "onecycle")
 AUGMENTATION_NAMES = ("affine", "elastic", "handwriting")

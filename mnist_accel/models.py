@@ -73,22 +73,26 @@ class MnistNet(DigitClassifier):
 
 
 class ResidualNet(DigitClassifier):
-    """Five 3x3 convolutions, two of them residual, then the mean over the image: few parameters, high accuracy.
+    """Five 3x3 convolutions, two of them residual, then means over squares of `pool` places: high accuracy.
+
+    The last feature map has 7x7 places: with `pool` 7 the network keeps what is there, in few parameters, but not
+    where; with 2 it keeps nine means, learns faster and reads MNIST's centred digits better.
 
     There is no batch normalisation, whose statistics would depend on how a batch is split over processes. Instead the
     residual branches start at zero, so that training starts as a shallower network (Zhang et al. 2019, Fixup).
     """
 
-    def __init__(self, num_classes: int, dropout: float, widths: tuple[int, int, int]) -> None:
+    def __init__(self, num_classes: int, dropout: float, widths: tuple[int, int, int], pool: int) -> None:
         super().__init__()
         first, second, third = widths
+        self.pool = pool
         self.conv1 = nn.Conv2d(1, first, 3, padding=1)
         self.conv2 = nn.Conv2d(first, second, 3, padding=1)
         self.residual2 = nn.Conv2d(second, second, 3, padding=1)
         self.conv3 = nn.Conv2d(second, third, 3, padding=1)
         self.residual3 = nn.Conv2d(third, third, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(third, num_classes)
+        self.linear = nn.Linear(third * (7 // pool) ** 2, num_classes)
         for convolution in (self.conv1, self.conv2, self.conv3):
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
         for convolution in (self.residual2, self.residual3):
@@ -99,8 +103,8 @@ class ResidualNet(DigitClassifier):
         x = F.relu(self.conv2(x))
         x = F.relu(F.max_pool2d(x + self.residual2(x), 2))
         x = F.relu(self.conv3(x))
-        x = F.relu(x + self.residual3(x)).mean(dim=(2, 3))
-        return self.linear(self.dropout(x))
+        x = F.avg_pool2d(F.relu(x + self.residual3(x)), self.pool)
+        return self.linear(self.dropout(x.flatten(1)))
 
 
 class FastNet(DigitClassifier):
@@ -130,8 +134,9 @@ class FastNet(DigitClassifier):
 MODELS: dict[str, Callable[[int, float], DigitClassifier]] = {
     "mnist_net": MnistNet,
     "fast_net": FastNet,
-    "compact_net": partial(ResidualNet, widths=(24, 48, 64)),  # 96,730 parameters at 10 classes
-    "residual_net": partial(ResidualNet, widths=(32, 64, 128)),  # 278,474
+    "compact_net": partial(ResidualNet, widths=(24, 48, 64), pool=7),  # 96,730 parameters at 10 classes
+    "residual_net": partial(ResidualNet, widths=(32, 64, 128), pool=7),  # 278,474
+    "wide_net": partial(ResidualNet, widths=(32, 96, 192), pool=2),  # 626,442
 }
 
 
