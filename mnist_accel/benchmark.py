@@ -4,77 +4,84 @@ Every measurement is a process of its own with a hard time limit, started as a u
 part take turns, several rounds of them, so that a machine that grows slower in between slows all of them alike.
 """
 
+import argparse
 import json
 import os
+import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from mnist_accel.cli import UserError
+from mnist_accel.config import option
 
 PARTS = ("training", "kernels", "accuracy", "prediction", "scaling", "startup")
 PRECISIONS = ("fp32", "bf16")
 TARGET = 0.99
 SPEED, TIME, ACCURACY = "images/s", "s", "test accuracy"
+PYTHON = sys.executable
 LOOPS = ["-m", "mnist_accel.benchmark_loops"]
 
-
-@dataclass(frozen=True)
-class Case:
-    """A command to measure.
-
-    Attributes:
-        name: of its rows in the table.
-        command: the program and its options.
-        units: which of its numbers to keep. `TIME` is its wall time from start to end, the others are what it prints as
-            JSON in its last line, or, of train.py, what its metrics.jsonl says.
-        rounds: how often it is run.
-        seeded: whether each run gets a `--seed` of its own.
-        environment: more variables for it.
-    """
-
-    name: str
-    command: Sequence[Any]
-    units: Sequence[str]
-    rounds: int
-    seeded: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
+# What takes turns: its name, which numbers to keep by their units, and a command for each round. `TIME` is wall time
+# from start to end; other numbers are what the command prints as JSON in its last line, or, of train.py, what its
+# metrics.jsonl says.
+Case = tuple[str, Sequence[str], Sequence[list[Any]]]
 
 
-@dataclass(frozen=True)
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count: give at least 1")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers, such as 0,2") from error
+
+
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown: choose from {','.join(known)}")
+        return names
+
+    return parse
+
+
+@dataclass
 class Benchmark:
-    """What to measure and how often.
+    """What to measure and how often: the options of scripts/benchmark.py, and what is known once it runs."""
 
-    Attributes:
-        scripts: the folder of train.py and predict_dir.py.
-        dataset: as for train.py.
-        parts, precisions: which of `PARTS` and `PRECISIONS`.
-        workers: DataLoader workers of the examples' loop, each number a variant of it.
-        rounds: how often each command is run.
-        steps: optimizer steps of a training measurement, at batch 64.
-        seeds: trainings to `TARGET`, each with a seed of its own; of the slow reference at most three.
-        images: PNG files to predict.
-        time_limit: seconds after which a process is killed and the benchmark ends.
-    """
-
-    scripts: Path
-    dataset: str = "ylecun/mnist"
-    parts: Sequence[str] = PARTS
-    precisions: Sequence[str] = PRECISIONS
-    workers: Sequence[int] = (0, 2)
-    rounds: int = 3
-    steps: int = 300
-    seeds: int = 5
-    images: int = 10_000
-    time_limit: float = 3600
+    scripts: Path  # the folder of train.py and predict_dir.py
+    dataset: str = option("ylecun/mnist", "a Hub id, a local folder, or digits")
+    parts: Sequence[str] = option(PARTS, f"what to measure (default: {','.join(PARTS)})", type=_some_of(PARTS))
+    precisions: Sequence[str] = option(
+        PRECISIONS, f"of the training speeds (default: {','.join(PRECISIONS)})", type=_some_of(PRECISIONS)
+    )
+    workers: Sequence[int] = option(
+        (0, 2), "DataLoader workers of the examples' loop, one variant each (default: 0,2)", type=_counts
+    )
+    rounds: int = option(3, "how often each command is run, in turn", type=_count)
+    steps: int = option(300, "optimizer steps of a training measurement", type=_count)
+    seeds: int = option(5, "trainings of the recipe fast", type=_count)
+    images: int = option(10_000, "files to predict", type=_count)
+    time_limit: float = option(3600, "seconds after which a process is killed", type=float)
+    machine: dict[str, Any] = field(init=False)  # of `benchmark_loops.machine`
+    folder: Path = field(init=False)  # for what the processes write; removed at the end
 
     def run(self, say: Callable[[str], None] = print) -> dict[str, Any]:
         """Measure everything; returns `machine`, `settings`, `measurements` and `ratios`, as the JSON file holds them.
@@ -82,126 +89,117 @@ class Benchmark:
         Raises:
             UserError: a process failed or took longer than the time limit.
         """
-        measurements = []
+        values: dict[tuple[str, str, str], list[float]] = {}
         with tempfile.TemporaryDirectory() as folder:
-            machine = self._measure([sys.executable, *LOOPS, "machine"], Path(folder))
+            self.folder = Path(folder)
+            self.machine = self._measure([PYTHON, *LOOPS, "machine"])
             for part in self.parts:
-                cases = list(getattr(self, f"_{part}")(machine, Path(folder)))
-                values: dict[tuple[str, str], list[float]] = {}
-                for turn in range(max((case.rounds for case in cases), default=0)):
-                    for case in (case for case in cases if turn < case.rounds):
-                        command = [*case.command, *(["--seed", turn] if case.seeded else [])]
-                        numbers = self._measure(command, Path(folder), case.environment)
-                        for unit in case.units:
-                            values.setdefault((case.name, unit), []).append(numbers[unit])
-                        say(f"{part}: {case.name}: " + ", ".join(as_text(numbers[unit], unit) for unit in case.units))
-                measurements += [
-                    {"part": part, "name": name, "unit": unit, "median": statistics.median(found), "values": found}
-                    for (name, unit), found in values.items()
-                ]
+                cases: list[Case] = list(getattr(self, f"_{part}")())
+                runs = [(turn, *case) for case in cases for turn in range(len(case[-1]))]
+                for turn, name, units, commands in sorted(runs, key=itemgetter(0)):
+                    numbers = self._measure(commands[turn])
+                    for unit in units:
+                        values.setdefault((part, name, unit), []).append(numbers[unit])
+                    say(f"{part}: {name}: " + ", ".join(as_text(numbers[unit], unit) for unit in units))
+        measurements = [
+            {"part": part, "name": name, "unit": unit, "median": statistics.median(found), "values": found}
+            for (part, name, unit), found in values.items()
+        ]
         settings = {name: getattr(self, name) for name in ("dataset", "rounds", "steps", "seeds", "images")}
-        ratios = compute_ratios(measurements, machine)
-        return {"machine": machine, "settings": settings, "measurements": measurements, "ratios": ratios}
+        ratios = compute_ratios(measurements, self.machine)
+        return {"machine": self.machine, "settings": settings, "measurements": measurements, "ratios": ratios}
 
-    # The parts: each yields the commands that take turns
+    # The parts: each yields the cases that take turns
 
-    def _training(self, machine: dict[str, Any], _: Path) -> Iterator[Case]:
+    def _training(self) -> Iterator[Case]:
         common = ["--dataset", self.dataset, "--steps", self.steps]
         for precision in self.precisions:
-            launch = _launch(precision)
-            raw = [sys.executable, *LOOPS, "raw", *common, *(["--bf16"] if precision == "bf16" else [])]
-            commands = {"this project": [*launch, *self._train("--max-steps", self.steps)], "raw PyTorch": raw}
+            launch, bf16 = _launch(precision), ["--bf16"] if precision == "bf16" else []
+            yield self._case(f"this project, {precision}", SPEED, [*launch, *self._train("--max-steps", self.steps)])
+            yield self._case(f"raw PyTorch, {precision}", SPEED, [PYTHON, *LOOPS, "raw", *common, *bf16])
             for workers in self.workers:
-                loop = [*LOOPS, "examples", *common, "--workers", workers]
-                commands[f"examples, {workers} workers, default launch"] = [*launch, *loop]
-                if machine["threads"] > 1:
-                    threads = ["--num_cpu_threads_per_process", machine["threads"]]
-                    commands[f"examples, {workers} workers, all cores"] = [*launch, *threads, *loop]
-            for name, command in commands.items():
-                yield Case(f"{name}, {precision}", command, [SPEED], self.rounds)
+                name, loop = f"examples, {workers} workers", [*LOOPS, "examples", *common, "--workers", workers]
+                yield self._case(f"{name}, default launch, {precision}", SPEED, [*launch, *loop])
+                if self.machine["threads"] > 1:
+                    threads = ["--num_cpu_threads_per_process", self.machine["threads"]]
+                    yield self._case(f"{name}, all cores, {precision}", SPEED, [*launch, *threads, *loop])
 
-    def _kernels(self, _machine: dict[str, Any], _: Path) -> Iterator[Case]:
+    def _kernels(self) -> Iterator[Case]:
         for precision in self.precisions:
-            command = [sys.executable, *LOOPS, "machine"]
-            yield Case(f"matrix product, {precision}", command, [f"FLOP/s, {precision}"], self.rounds)
+            yield self._case(f"matrix product, {precision}", f"FLOP/s, {precision}", [PYTHON, *LOOPS, "machine"])
 
-    def _accuracy(self, machine: dict[str, Any], _: Path) -> Iterator[Case]:
-        bf16_is_faster = machine["FLOP/s, bf16"] > 1.2 * machine["FLOP/s, fp32"]
-        fast = [*_launch("bf16" if bf16_is_faster else "fp32"), *self._train("--recipe", "fast")]
-        yield Case("recipe fast", fast, [TIME, ACCURACY, "s training"], self.seeds, seeded=True)
-        example = [sys.executable, *LOOPS, "pytorch", "--dataset", self.dataset, "--target", TARGET]
-        yield Case("PyTorch's example", example, [TIME, ACCURACY], min(3, self.seeds), seeded=True)
+    def _accuracy(self) -> Iterator[Case]:
+        bf16_is_faster = self.machine["FLOP/s, bf16"] > 1.2 * self.machine["FLOP/s, fp32"]
+        fast = [*_launch("bf16" if bf16_is_faster else "fp32"), *self._train("--recipe", "fast", "--seed")]
+        yield "recipe fast", [TIME, ACCURACY, "s training"], [[*fast, seed] for seed in range(self.seeds)]
+        example = [PYTHON, *LOOPS, "pytorch", "--dataset", self.dataset, "--target", TARGET, "--seed"]
+        yield "PyTorch's example", [TIME, ACCURACY], [[*example, seed] for seed in range(min(3, self.seeds))]
 
-    def _prediction(self, _machine: dict[str, Any], folder: Path) -> Iterator[Case]:
-        images, weights = folder / "images", folder / "weights"
+    def _prediction(self) -> Iterator[Case]:
+        images, weights = self.folder / "images", self.folder / "weights"
         both = ["--folder", images, "--model", weights]
-        self._measure([sys.executable, *LOOPS, "make_images", "--dataset", self.dataset, "--steps", self.images, *both])
-        ours = [self.scripts / "predict_dir.py", images, "--model", weights, "--output", folder / "predictions.csv"]
-        yield Case("predict_dir.py", [sys.executable, *ours], [TIME], self.rounds)
-        yield Case("one by one", [sys.executable, *LOOPS, "predict", *both], [TIME], self.rounds)
+        self._measure([PYTHON, *LOOPS, "make_images", "--dataset", self.dataset, "--steps", self.images, *both])
+        options = [images, "--model", weights, "--output", self.folder / "predictions.csv"]
+        yield self._case("predict_dir.py", TIME, [PYTHON, self.scripts / "predict_dir.py", *options])
+        yield self._case("one by one", TIME, [PYTHON, *LOOPS, "predict", *both])
 
-    def _scaling(self, machine: dict[str, Any], _: Path) -> Iterator[Case]:
-        on_cpu = machine["device"] == "cpu"
-        if (machine["threads"] if on_cpu else machine["devices"]) < 2:
+    def _scaling(self) -> Iterator[Case]:
+        on_cpu = self.machine["device"] == "cpu"
+        if self.machine["threads" if on_cpu else "devices"] < 2:
             return
         # A device each, on a CPU one core each. Without the variable, processes on a CPU would train each alone.
-        environment = {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
-        for name, launch in (("1 process", _launch("fp32")), ("2 processes", _launch("fp32", processes=2))):
-            command = [*launch, "--num_cpu_threads_per_process", 1, *self._train("--max-steps", self.steps)]
-            yield Case(name, command, [SPEED], self.rounds, environment=environment)
+        environment = ["env", "ACCELERATE_USE_CPU=true"] if on_cpu else []
+        train = ["--num_cpu_threads_per_process", 1, *self._train("--max-steps", self.steps)]
+        yield self._case("1 process", SPEED, [*environment, *_launch("fp32"), *train])
+        yield self._case("2 processes", SPEED, [*environment, *_launch("fp32", processes=2), *train])
 
-    def _startup(self, _machine: dict[str, Any], _: Path) -> Iterator[Case]:
-        commands: dict[str, list[Any]] = {
-            "import torch, accelerate": ["-c", "import torch, accelerate"],
-            "train.py --help": [self.scripts / "train.py", "--help"],
-            "train.py --max-steps 1": self._train("--max-steps", 1),
-        }
-        for name, command in commands.items():
-            yield Case(name, [sys.executable, *command], [TIME], self.rounds)
+    def _startup(self) -> Iterator[Case]:
+        yield self._case("import torch, accelerate", TIME, [PYTHON, "-c", "import torch, accelerate"])
+        yield self._case("train.py --help", TIME, [PYTHON, self.scripts / "train.py", "--help"])
+        yield self._case("train.py --max-steps 1", TIME, [PYTHON, *self._train("--max-steps", 1)])
 
     # Processes
 
+    def _case(self, name: str, unit: str, command: list[Any]) -> Case:
+        return name, [unit], [command] * self.rounds
+
     def _train(self, *options: Any) -> list[Any]:
-        return [self.scripts / "train.py", "--dataset", self.dataset, "--report-to", "none", *options]
+        common = ["--dataset", self.dataset, "--report-to", "none", "--output-dir", self.folder / "run"]
+        return [self.scripts / "train.py", *common, *options]
 
-    def _measure(
-        self, command: Sequence[Any], folder: Path | None = None, environment: dict[str, str] | None = None
-    ) -> dict[str, Any]:
-        """The numbers of a command; a training among them leaves its run in `folder`."""
-        words = [str(word) for word in command]
-        trains = str(self.scripts / "train.py") in words and "--help" not in words
-        run = Path(tempfile.mkdtemp(dir=folder)) / "run"
-        if trains:
-            words += ["--output-dir", str(run)]
-        output, seconds = run_process(words, self.time_limit, environment)
-        if trains:
+    def _measure(self, command: Sequence[Any]) -> dict[str, Any]:
+        """The numbers of a command, under their units."""
+        output, seconds = run_process([str(word) for word in command], self.time_limit)
+        run = self.folder / "run"
+        if run.exists():
             *epochs, final = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            numbers = {SPEED: epochs[-1]["images_per_second"], ACCURACY: final["test_accuracy"]}
-            numbers["s training"] = sum(epoch["train_seconds"] for epoch in epochs)
-        else:
-            last = output.strip().splitlines()[-1:]
-            numbers = json.loads(last[0]) if last and last[0].startswith("{") else {}
-        return {**numbers, TIME: seconds}
+            shutil.rmtree(run)  # the next training would not start in a folder that holds a run
+            times = [epoch["train_seconds"] for epoch in epochs]
+            speed = statistics.fmean([epoch["images_per_second"] for epoch in epochs], weights=times)
+            return {SPEED: speed, ACCURACY: final["test_accuracy"], "s training": sum(times), TIME: seconds}
+        last = output.strip().rpartition("\n")[2]
+        return {**(json.loads(last) if last.startswith("{") else {}), TIME: seconds}
 
 
-def run_process(
-    words: Sequence[str], time_limit: float, environment: dict[str, str] | None = None
-) -> tuple[str, float]:
+def run_process(words: Sequence[str], time_limit: float) -> tuple[str, float]:
     """Run a command to its end; returns its standard output and its wall time in seconds.
 
     Raises:
         UserError: it failed or took longer than `time_limit` seconds; nothing of it runs on.
     """
     began = time.perf_counter()
-    # A session of its own, so that a launcher's children are killed with it.
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, **(environment or {})},
-    )  # fmt: skip
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
         output, errors = process.communicate(timeout=time_limit)
     except BaseException as error:
+        # Children are found one by one, as the launcher starts each of several ranks in a session of its own; the
+        # session ends those whose parent has gone.
+        children = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, signal.SIGKILL)
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         process.wait()
         if isinstance(error, subprocess.TimeoutExpired):
             raise UserError(f"{' '.join(words)} took more than {time_limit:g} s") from error
@@ -214,10 +212,11 @@ def run_process(
 
 def _launch(precision: str, processes: int = 1) -> list[Any]:
     """`accelerate launch`, with everything given that the user's own configuration could change."""
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", 1]
+    launch = [PYTHON, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", 1]
     launch += ["--num_processes", processes, "--mixed_precision", "bf16" if precision == "bf16" else "no"]
     launch += ["--dynamo_backend", "no"]
-    return [*launch, "--multi_gpu", "--main_process_port", _free_port()] if processes > 1 else launch
+    # Port 0: any that is free.
+    return [*launch, "--multi_gpu", "--main_process_port", 0] if processes > 1 else launch
 
 
 def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[dict[str, Any]]:
@@ -227,32 +226,36 @@ def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, An
     """
     median = {(row["part"], row["name"], row["unit"]): row["median"] for row in measurements}
     mean = {(row["part"], row["name"], row["unit"]): statistics.fmean(row["values"]) for row in measurements}
-    pairs: list[tuple[str, float | None, float | None]] = []
+    ratios: list[dict[str, Any]] = []
+
+    def compare(name: str, above: float | None, below: float | None) -> None:
+        if above and below:
+            ratios.append({"name": name, "value": above / below})
+
     for precision in PRECISIONS:
         speeds = {name: value for (part, name, _), value in median.items() if part == "training" and precision in name}
-        ours, examples = speeds.get(f"this project, {precision}"), "speed over the examples' loop"
+        ours, raw = (speeds.pop(f"{name}, {precision}", None) for name in ("this project", "raw PyTorch"))
         for name, speed in speeds.items():
             if "default launch" in name:
-                pairs.append((f"training: speed over {name}", ours, speed))
-        best = max((speed for name, speed in speeds.items() if name.startswith("examples")), default=None)
-        pairs.append((f"training, {precision}: {examples}, its best variant", ours, best))
-        raw = speeds.get(f"raw PyTorch, {precision}")
-        pairs.append((f"training, {precision}: speed over raw PyTorch", ours, raw))
+                compare(f"training: speed over {name}", ours, speed)
+        best = max(speeds.values(), default=None)
+        compare(f"training, {precision}: speed over the examples' loop, its best variant", ours, best)
+        compare(f"training, {precision}: speed over raw PyTorch", ours, raw)
         rate = median.get(("kernels", f"matrix product, {precision}", f"FLOP/s, {precision}"))
         achieved = ours and ours * machine["operations_per_image"]
-        pairs.append((f"training, {precision}: fraction of the matrix-product rate", achieved, rate))
-    example, fast = (("accuracy", name) for name in ("PyTorch's example", "recipe fast"))
+        compare(f"training, {precision}: fraction of the matrix-product rate", achieved, rate)
+    example, fast = ("accuracy", "PyTorch's example"), ("accuracy", "recipe fast")
     if min(mean.get((*run, ACCURACY), 0.0) for run in (example, fast)) >= TARGET:
         name = f"command to {TARGET:.0%} on test images: time of PyTorch's example over recipe fast"
-        pairs.append((name, mean.get((*example, TIME)), mean.get((*fast, TIME))))
+        compare(name, mean.get((*example, TIME)), mean.get((*fast, TIME)))
     for name, part, unit, above, below in (
         ("prediction: time of one by one over predict_dir.py", "prediction", TIME, "one by one", "predict_dir.py"),
         ("scaling: speed of 2 processes over 1", "scaling", SPEED, "2 processes", "1 process"),
         ("start: --help over the imports", "startup", TIME, "train.py --help", "import torch, accelerate"),
         ("start: one step over the imports", "startup", TIME, "train.py --max-steps 1", "import torch, accelerate"),
     ):
-        pairs.append((name, median.get((part, above, unit)), median.get((part, below, unit))))
-    return [{"name": name, "value": above / below} for name, above, below in pairs if above and below]
+        compare(name, median.get((part, above, unit)), median.get((part, below, unit)))
+    return ratios
 
 
 def as_table(results: dict[str, Any]) -> str:
@@ -287,31 +290,31 @@ def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
     Raises:
         UserError: `path` cannot be written.
     """
+    import numpy as np
+
     from mnist_accel.figures import BLUE, GREY, VERMILION, _figure, _render
 
+    colour = {"this project": BLUE, "recipe fast": BLUE, "raw PyTorch": GREY}
     panels = []
-    for unit, title, part, ending in (
-        *((SPEED, f"Training, {precision}: images a second", "training", precision) for precision in PRECISIONS),
-        (TIME, f"Seconds from command to {TARGET:.0%} on test images", "accuracy", ""),
+    for title, part, unit, ending in (
+        *((f"Training, {name}: images a second", "training", SPEED, f", {name}") for name in PRECISIONS),
+        (f"Seconds from command to {TARGET:.0%} on test images", "accuracy", TIME, ""),
     ):
         rows = [row for row in results["measurements"] if (row["part"], row["unit"]) == (part, unit)]
-        rows = [row for row in rows if row["name"].endswith(ending)]
-        if rows:
-            panels.append((title, rows, f", {ending}", unit))
-    assert panels, "neither training nor accuracy was measured"
-    heights = [len(rows) + 1.2 for _, rows, _, _ in panels]
+        if rows := [row for row in rows if row["name"].endswith(ending)]:
+            panels.append((title, unit, ending, rows))
+    heights = [len(rows) + 1.2 for *_, rows in panels]
     with _figure(8.4, 0.3 * sum(heights) + 0.6) as figure:
         all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (title, rows, ending, unit) in zip(all_axes, panels, strict=True):
-            names, medians = [row["name"].removesuffix(ending) for row in rows], [row["median"] for row in rows]
-            colour = {"this project": BLUE, "recipe fast": BLUE, "raw PyTorch": GREY}
-            axes.barh(names, medians, color=[colour.get(name, VERMILION) for name in names], height=0.7)
-            ranges = [(min(row["values"]), max(row["values"])) for row in rows]
-            axes.hlines(names, *zip(*ranges, strict=True), color="black", linewidth=1)
-            for name, value, (_, highest) in zip(names, medians, ranges, strict=True):
-                text = as_text(value, unit).removesuffix(f" {unit}")
-                axes.annotate(text, (highest, name), xytext=(4, 0), textcoords="offset points", va="center")
-            axes.set(title=title, xlim=(0, 1.12 * max(highest for _, highest in ranges)))
+        for axes, (title, unit, ending, rows) in zip(all_axes, panels, strict=True):
+            names = [row["name"].removesuffix(ending) for row in rows]
+            colours = [colour.get(name, VERMILION) for name in names]
+            numbers = np.array([(row["median"], min(row["values"]), max(row["values"])) for row in rows])
+            medians, lowest, highest = numbers.T
+            ranges = (medians - lowest, highest - medians)
+            bars = axes.barh(names, medians, xerr=ranges, color=colours, height=0.7, error_kw={"elinewidth": 1})
+            axes.bar_label(bars, [as_text(value, unit).removesuffix(f" {unit}") for value in medians], padding=4)
+            axes.set(title=title, xlim=(0, 1.12 * highest.max()))
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
@@ -319,9 +322,3 @@ def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
         device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
         figure.supxlabel(f"{device}, {machine['threads']} threads, torch {machine['torch']}", size=9, color=GREY)
         _render(figure, path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

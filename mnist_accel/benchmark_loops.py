@@ -8,8 +8,11 @@ import argparse
 import json
 import os
 import platform
+import re
 import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Callable
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,6 @@ from torchvision import transforms
 from mnist_accel.data import Split, load_data
 from mnist_accel.distributed import keep_freed_memory
 from mnist_accel.models import MNIST_MEAN, MNIST_STD, build_model, load_model, save_model
-
-REFERENCE_EPOCHS = 14  # the default of PyTorch's example
 
 
 class PictureDataset(Dataset):
@@ -70,15 +71,15 @@ def examples(options: argparse.Namespace) -> dict[str, Any]:
     loader = DataLoader(PictureDataset(split), batch_size=64, shuffle=True, num_workers=options.workers)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
-    began, steps, images_done = time.perf_counter(), 0, 0
-    for images, labels in _endless(loader, options.steps):
+    began, done = time.perf_counter(), 0
+    for images, labels in islice(chain.from_iterable(repeat(loader)), options.steps):
         loss = F.cross_entropy(model(images), labels)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        steps, images_done = steps + 1, images_done + len(labels)
+        done += len(labels)
     loss.item()  # waits for a GPU
-    return {"images/s": images_done / (time.perf_counter() - began)}
+    return {"images/s": done / (time.perf_counter() - began)}
 
 
 def raw(options: argparse.Namespace) -> dict[str, Any]:
@@ -90,8 +91,9 @@ def raw(options: argparse.Namespace) -> dict[str, Any]:
     images, labels = split.images.to(device), split.labels.to(device)
     model = build_model("mnist_net").to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    shuffled = (torch.randperm(len(labels)).to(device).split(64) for _ in count())  # anew for each pass
     began, done = time.perf_counter(), 0
-    for indices in _endless(_Shuffled(len(labels), device), options.steps):
+    for indices in islice(chain.from_iterable(shuffled), options.steps):
         batch = images[indices].unsqueeze(1).float().div_(255)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             logits = model(batch)
@@ -101,26 +103,6 @@ def raw(options: argparse.Namespace) -> dict[str, Any]:
         done += len(indices)
     next(model.parameters()).sum().item()  # waits for a GPU
     return {"images/s": done / (time.perf_counter() - began)}
-
-
-class _Shuffled:
-    """Batches of 64 indices in a new random order at each pass."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.size, self.device = size, device
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from torch.randperm(self.size).to(self.device).split(64)
-
-
-def _endless(batches: Any, steps: int) -> Iterator[Any]:
-    """`steps` batches, over as many passes as that takes."""
-    while steps > 0:
-        for batch in batches:
-            yield batch
-            steps -= 1
-            if steps == 0:
-                break
 
 
 def pytorch(options: argparse.Namespace) -> dict[str, Any]:
@@ -134,7 +116,7 @@ def pytorch(options: argparse.Namespace) -> dict[str, Any]:
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
     accuracy, epoch = 0.0, 0
-    while accuracy < options.target and epoch < (options.epochs or REFERENCE_EPOCHS):
+    while accuracy < options.target and epoch < options.epochs:
         model.train()
         for images, labels in train:
             optimizer.zero_grad()
@@ -194,22 +176,16 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    described = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: *(.*\S)", described.read_text(), re.MULTILINE) if described.exists() else None
+    return name[1] if name else platform.processor() or platform.machine()
 
 
 def _product_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations a second of the best of several square matrix products."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        (left @ right)[0, 0].item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    product = "(left @ right)[0, 0].item()"  # reading a number waits for a GPU
+    return 2 * size**3 / min(timeit.repeat(product, globals={"left": left, "right": right}, number=1, repeat=6))
 
 
 LOOPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -225,7 +201,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--epochs", type=int, default=14, help="as in PyTorch's example")
     parser.add_argument("--target", type=float, default=0.99)
     parser.add_argument("--folder")
     parser.add_argument("--model")

@@ -99,9 +99,10 @@ def test_a_figure_of_accuracy_alone_can_be_drawn(tmp_path: Path) -> None:
 def test_a_process_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     late = tmp_path / "late"
     child = f"import time; time.sleep(1.5); open({str(late)!r}, 'w')"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    with pytest.raises(UserError, match=r"took more than 0\.5 s"):
-        run_process([sys.executable, "-c", parent], time_limit=0.5)
+    for session in (False, True):  # a launcher starts each of several ranks in a session of its own
+        started = f"[sys.executable, '-c', {child!r}], start_new_session={session}"
+        with pytest.raises(UserError, match=r"took more than 0\.5 s"):
+            run_process([sys.executable, "-c", f"import subprocess, sys; subprocess.run({started})"], time_limit=0.5)
     with pytest.raises(UserError, match="took more than 2 s"):
         run_process([sys.executable, "-c", "import time; time.sleep(60)"], time_limit=2)
     assert not late.exists()
