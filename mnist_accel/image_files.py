@@ -10,23 +10,22 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from mnist_accel.cli import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 # HEIC is what phones make; where no plug-in for it is installed, its rows say so.
 IMAGE_ENDINGS = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".pcx", ".ico", ".heic", ".heif"),
+    *(b".png", b".jpg", b".jpeg", b".jpe", b".jfif", b".bmp", b".dib", b".gif", b".tif", b".tiff", b".webp"),
+    *(b".ppm", b".pgm", b".pbm", b".pnm", b".avif", b".jp2", b".pcx", b".ico", b".heic", b".heif"),
 )
 # Files to a request: enough to make a pipe's cost small, few enough for a folder of photos to occupy all readers.
 TOGETHER = 32
@@ -44,39 +43,35 @@ def find_images(folder: Path, leaving_out: Path | None = None) -> list[bytes]:
     Raises:
         UserError: no such folder, or no image in it.
     """
-    root = os.fsencode(folder)
+    root = os.path.join(os.fsencode(folder), b"")
     if not os.path.isdir(root):
         raise UserError(f"no folder {folder}: give a folder of images")
+
+    def passed_over(error: OSError) -> None:
+        if error.filename == root:
+            raise UserError(f"folder {folder} cannot be read: {error.strerror}") from error
+        below = readable(error.filename.removeprefix(root))
+        print(f"warning: skipped the folder {below}/: {error.strerror}", file=sys.stderr)
+
+    own = leaving_out.stat() if leaving_out is not None and leaving_out.exists() else None
     found: list[bytes] = []
-    waiting = [b""]
-    while waiting:
-        below = waiting.pop()
-        try:
-            with os.scandir(os.path.join(root, below)) as entries:
-                for entry in entries:
-                    path = below + entry.name
-                    if entry.name.startswith(b"."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(path + b"/")
-                    elif readable(entry.name).lower().endswith(IMAGE_ENDINGS) and _may_read(entry):
-                        found.append(path)
-        except OSError as error:
-            if not below:
-                raise UserError(f"folder {folder} cannot be read: {error.strerror}") from error
-            print(f"warning: skipped the folder {readable(below)}: {error.strerror}", file=sys.stderr)
-    if leaving_out is not None and leaving_out.exists():
-        found = [path for path in found if not os.path.samefile(os.path.join(root, path), leaving_out)]
+    for parent, folders, files in os.walk(root, onerror=passed_over):
+        folders[:] = [name for name in folders if not name.startswith(b".")]
+        for name in files:
+            path = os.path.join(parent, name)
+            if not name.startswith(b".") and name.lower().endswith(IMAGE_ENDINGS) and _wanted(path, own):
+                found.append(path.removeprefix(root))
     if not found:
         raise UserError(f"no images in {folder}: it should hold files such as .png or .jpg, in subfolders too")
     return sorted(found, key=readable)
 
 
-def _may_read(entry: os.DirEntry[bytes]) -> bool:
+def _wanted(path: bytes, leaving_out: os.stat_result | None) -> bool:
     try:
-        return stat.S_ISREG(entry.stat().st_mode)
+        status = os.stat(path)
     except OSError:
         return True  # a dangling link: the user should see its row
+    return stat.S_ISREG(status.st_mode) and not (leaving_out and os.path.samestat(status, leaving_out))
 
 
 def readable(path: bytes) -> str:
@@ -85,12 +80,22 @@ def readable(path: bytes) -> str:
 
 
 class Seen(NamedTuple):
-    """What reading a file gave: the digit, (28, 28) uint8, and the thumbnail where one is wanted; or the error."""
+    """What is known of a file: at first the error, or the digit and a thumbnail where one is wanted; then the answer.
+
+    The digit is (28, 28) uint8, the prediction the index of a class, the probabilities those of all classes.
+    """
 
     path: str
-    digit: "np.ndarray | None" = None
-    picture: "np.ndarray | None" = None
+    digit: np.ndarray | None = None
+    picture: np.ndarray | None = None
     error: str | None = None
+    prediction: int | None = None
+    probabilities: tuple[float, ...] = ()
+
+    @property
+    def confidence(self) -> float | None:
+        """The highest probability; None without an answer."""
+        return max(self.probabilities, default=None)
 
 
 class Readers:
@@ -127,7 +132,7 @@ class Readers:
         The reading begins at once and goes up to AHEAD files ahead of what is asked for.
         """
         answers = in_order(self._pool, self._answer, grouped(files, TOGETHER), AHEAD // TOGETHER)
-        return (seen for answer in answers for seen in answer)
+        return chain.from_iterable(answers)
 
     def _start(self) -> None:
         command = [sys.executable, "-P", "-c", PROGRAM]
@@ -141,12 +146,11 @@ class Readers:
             pickle.dump((*self._common, files), process.stdin)
             process.stdin.flush()
             answer = pickle.load(process.stdout)
+            self._idle.put(process)
+            return answer
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             if process.wait() >= 0 or self._ended:
                 raise RuntimeError("a process that reads images ended: its message is above") from error
-        else:
-            self._idle.put(process)
-            return answer
         # A signal ended it: a decoder crashed, or the kernel wanted its memory. Which file was it?
         self._start()
         if len(files) == 1:
@@ -190,13 +194,13 @@ def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def in_order(pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T], ahead: int) -> Iterator[U]:
     """work(item) for each item, in order; begins at once, and is at most `ahead` items ahead, which bounds memory."""
-    iterator = iter(items)
-    pending = deque(pool.submit(work, item) for item in islice(iterator, ahead))
+    submitted = (pool.submit(work, item) for item in items)
+    pending = deque(islice(submitted, ahead))
 
     def results() -> Iterator[U]:
         while pending:
             result = pending.popleft().result()
-            pending.extend(pool.submit(work, item) for item in islice(iterator, 1))
+            pending.extend(islice(submitted, 1))
             yield result
 
     return results()

@@ -17,7 +17,6 @@ from mnist_accel.loader import NO_DIGIT
 from mnist_accel.seeding import derive_seed
 
 CANVAS = 96
-PAPER = 255
 # Capitals, small letters and signs that no hand writes as a digit: neither O, I, l, S, Z, B, b, q nor the like.
 SIGNS = "AEFHKMNPRTVWXfkmnwx#%@*=+"
 FONTS = (0, 1, 2, 3, 4, 6, 7)  # of OpenCV's Hershey fonts, those drawn for reading
@@ -34,37 +33,33 @@ def with_non_digits(split: Split, count: int, seed: int) -> Split:
     return Split(torch.cat([split.images, torch.from_numpy(pictures)]), torch.cat([split.labels, labels]))
 
 
-def _box(ink: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, width and height of what is inked, of a blank image all zero; fainter pixels do not count."""
+def _inked(ink: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns of the box of what is inked, empty in a blank image; fainter pixels do not count."""
     x, y, width, height = cv2.boundingRect((ink > 40).astype(np.uint8))
-    return x, y, width, height
+    return slice(y, y + height), slice(x, x + width)
 
 
 def _in_box(ink: np.ndarray) -> np.ndarray:
     """Ink of any size as MNIST's makers place a digit, here by its box; nothing in it is dropped."""
-    x, y, width, height = _box(ink)
-    if not width:
-        return np.zeros((SIZE, SIZE), np.uint8)
-    small = fitted(ink[y : y + height, x : x + width], BOX)
-    result = np.zeros((SIZE, SIZE), np.uint8)
-    top, left = (SIZE - small.shape[0]) // 2, (SIZE - small.shape[1]) // 2
-    result[top : top + small.shape[0], left : left + small.shape[1]] = small
+    result, inked = np.zeros((SIZE, SIZE), np.uint8), ink[_inked(ink)]
+    if inked.size:
+        small = fitted(inked, BOX)
+        top, left = (SIZE - small.shape[0]) // 2, (SIZE - small.shape[1]) // 2
+        result[top : top + small.shape[0], left : left + small.shape[1]] = small
     return result
 
 
 def several_digits(digits: Digits, random: np.random.Generator) -> np.ndarray:
     """Two to four digits in a row, as close as handwriting or apart."""
-    row = np.zeros((SIZE + 12, SIZE), np.uint8)
+    row, end = np.zeros((SIZE + 12, 6 * SIZE), np.uint8), SIZE
     for image in digits[random.integers(len(digits), size=random.integers(2, 5))]:
-        x, _, width, _ = _box(image)
-        if not width:
+        digit = image[:, _inked(image)[1]]
+        if not digit.size:
             continue  # a data set may hold blank images
-        gap, rise = int(random.integers(-2, 8)), int(random.integers(0, 12))
-        column = np.pad(image[:, x : x + width], ((rise, 12 - rise), (max(0, gap), 0)))
-        overlap = max(0, -gap)
-        if overlap:
-            row[:, -overlap:] = np.maximum(row[:, -overlap:], column[:, :overlap])
-        row = np.hstack([row, column[:, overlap:]])
+        start, top = end + int(random.integers(-2, 8)), int(random.integers(0, 12))
+        end = start + digit.shape[1]
+        place = row[top : top + SIZE, start:end]
+        np.maximum(place, digit, out=place)
     return _in_box(row)
 
 
@@ -72,9 +67,9 @@ def writing(_: Digits, random: np.random.Generator) -> np.ndarray:
     """One to four letters or signs."""
     text = "".join(random.choice(list(SIGNS), size=random.choice([1, 1, 1, 2, 3, 4])))
     font, thickness = int(random.choice(FONTS)), int(random.integers(2, 10))
-    canvas = np.full((CANVAS, CANVAS * len(text)), PAPER, np.uint8)
-    cv2.putText(canvas, text, (16, 72), font, 2.0, 20, thickness, cv2.LINE_AA)
-    return _in_box(PAPER - canvas)
+    canvas = np.zeros((CANVAS, CANVAS * len(text)), np.uint8)
+    cv2.putText(canvas, text, (16, 72), font, 2.0, 235, thickness, cv2.LINE_AA)
+    return _in_box(canvas)
 
 
 def scribble(_: Digits, random: np.random.Generator) -> np.ndarray:

@@ -7,14 +7,15 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 
 from mnist_accel.cli import UserError
+from mnist_accel.image_files import grouped
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 # Parquet compresses and is read by groups of rows; this many take a few megabytes with all probabilities.
@@ -35,11 +36,9 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the name of a file to write")
     try:
-        with replacing(path) as temporary:
+        with suppress(_OnlyTrying), replacing(path) as temporary:
             temporary.touch()
             raise _OnlyTrying
-    except _OnlyTrying:
-        return
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another name") from error
 
@@ -68,15 +67,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_table(rows: Iterable[list[Any]], output: str, columns: dict[str, type]) -> None:
-    """Write rows of values to a .csv, .jsonl or .parquet file, or as CSV to stdout for `-`, as they come.
+def write_table(rows: Iterable[dict[str, Any]], output: str, columns: dict[str, type]) -> None:
+    """Write rows to a .csv, .jsonl or .parquet file, or as CSV to stdout for `-`, as they come.
 
-    A file appears under its name, in place of an older one, only when it is complete.
-
-    Args:
-        rows: as many values each as there are columns; None for none.
-        output: the file's name, its ending the format, or `-`.
-        columns: name -> str, int or float.
+    A file appears under its name, in place of an older one, only when it is complete. Rows are column -> value, None
+    for none, in the order of `columns`, which are name -> str, int or float.
 
     Raises:
         UserError: the file cannot be written, such as on a full disk.
@@ -94,39 +89,26 @@ def write_table(rows: Iterable[list[Any]], output: str, columns: dict[str, type]
         raise UserError(f"cannot write {output}: {error.strerror or error}; nothing was changed there") from error
 
 
-def _write_csv(rows: Iterable[list[Any]], path: Path | int, columns: dict[str, type]) -> None:
+def _write_csv(rows: Iterable[dict[str, Any]], path: Path | int, columns: dict[str, type]) -> None:
     with open(path, "w", encoding="utf-8", newline="", closefd=not isinstance(path, int)) as file:
-        # The writer quotes only those line ends that it uses itself, and a name can hold a carriage return.
-        writer = csv.writer(_PlainNewlines(file), lineterminator="\r\n")
-        writer.writerow(columns)
+        # The writer quotes only those line ends that it uses itself, \r\n, and a name can hold a carriage return.
+        plain_newlines: Any = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        writer = csv.DictWriter(plain_newlines, list(columns))
+        writer.writeheader()
         writer.writerows(rows)
 
 
-class _PlainNewlines:
-    """A text file to which a line that ends in \\r\\n is written with \\n."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-
-    def write(self, line: str) -> int:
-        return self.file.write(line.removesuffix("\r\n") + "\n")
-
-
-def _write_jsonl(rows: Iterable[list[Any]], path: Path | int, columns: dict[str, type]) -> None:
+def _write_jsonl(rows: Iterable[dict[str, Any]], path: Path | int, _: dict[str, type]) -> None:
     with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _write_parquet(rows: Iterable[list[Any]], path: Path | int, columns: dict[str, type]) -> None:
+def _write_parquet(rows: Iterable[dict[str, Any]], path: Path | int, columns: dict[str, type]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
-    iterator = iter(rows)
     with parquet.ParquetWriter(path, schema) as writer:
-        for first in iterator:
-            group = [first, *islice(iterator, ROW_GROUP - 1)]
-            arrays = [pa.array(v, field.type) for v, field in zip(zip(*group, strict=True), schema, strict=True)]
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+        for group in grouped(rows, ROW_GROUP):
+            writer.write_table(pa.Table.from_pylist(group, schema))

@@ -3,11 +3,13 @@
 import gc
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,18 +28,6 @@ if TYPE_CHECKING:
 # The network always sees this many images, the last batch filled up with blanks: kernels round differently for
 # different batch sizes, and the same folder must give the same file on any number of processes and threads.
 BATCH_SIZE = 128
-
-
-class Row(NamedTuple):
-    """A file's answer: the index of a class and the probability of each; None and () where it could not be read."""
-
-    file: Seen
-    prediction: int | None
-    probabilities: tuple[float, ...]
-
-    @property
-    def confidence(self) -> float | None:
-        return max(self.probabilities) if self.probabilities else None
 
 
 def predict_folder(
@@ -99,29 +89,26 @@ def predict_folder(
         with together(accelerator):
             network = load_model(source)
             classes = network.class_names
-            if labels and all(label_of(readable(path), folder, labels, classes) is None for path in paths):
+            label = partial(label_of, folder=folder, source=labels, class_names=classes)
+            if labels and all(label(readable(path)) is None for path in paths):
                 wanted = "lies in a folder named" if labels == "folder" else "has a name that begins with"
                 raise UserError(f"--labels {labels}: none of {len(paths)} images {wanted} one of {', '.join(classes)}")
         mine = predict(network.to(accelerator.device), files, pool, accelerator.device)
         with closing(gathered(mine, -(-len(paths) // BATCH_SIZE), accelerator.num_processes)) as batches:
             if not accelerator.is_main_process:
-                return sum(row.file.error is not None for batch in batches for row in batch)
+                return sum(row.error is not None for batch in batches for row in batch)
 
             out = sys.stderr if output == "-" else sys.stdout
             used = "shipped with mnist_accel" if source == SHIPPED else source
             print(f"model: {used} ({network.name}) on {accelerator.device}; {len(paths)} images", file=out, flush=True)
-            summary = Summary(classes)
-            shown: list[tuple[Row, int | None]] = []
-
-            def label(path: str) -> int | None:
-                return label_of(path, folder, labels, classes) if labels else None
-
-            write_rows(counted(batches, len(paths), summary, label, shown), output, classes, probabilities)
+            summary, rows = Summary(classes, label), chain.from_iterable(batches)
+            progress = tqdm(rows, total=len(paths), unit=" images", disable=not sys.stderr.isatty())
+            write_rows(map(summary.count, progress), output, classes, probabilities)
     print(summary.text(bool(labels)), file=out)
     if output != "-":
         print(f"predictions: {output}", file=out)
     if sheet is not None:
-        draw_sheet(shown, classes, sheet)
+        draw_sheet(summary.shown, classes, sheet)
         cut = f" (the first {PICTURES} of {len(paths)} files)" if len(paths) > PICTURES else ""
         print(f"contact sheet: {sheet}{cut}", file=out)
     return summary.unreadable
@@ -148,7 +135,7 @@ def default_model() -> Path:
 
 def predict(
     model: "DigitClassifier", files: Iterable[Seen], pool: ThreadPoolExecutor, device: "torch.device | str" = "cpu"
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Seen]]:
     """Rows for the files, in their order, in lists of BATCH_SIZE; the model is in eval mode and on the device.
 
     Each thread of the pool runs the network on one core: kernels round differently on different numbers of them.
@@ -158,7 +145,7 @@ def predict(
     # On a CPU this memory format is three times as fast.
     model.to(memory_format=torch.channels_last)
 
-    def classify(part: list[Seen]) -> list[Row]:
+    def classify(part: list[Seen]) -> list[Seen]:
         torch.set_num_threads(1)  # holds for this thread
         images = np.zeros((BATCH_SIZE, 1, 28, 28), np.uint8)
         for image, file in zip(images, part, strict=False):
@@ -171,12 +158,15 @@ def predict(
         # Where there is nothing to see, every class is as likely.
         shares[torch.from_numpy(~images.any((1, 2, 3)))] = round(1 / logits.shape[1], 4)
         answers = zip(part, logits.argmax(1).tolist(), shares.tolist(), strict=False)
-        return [Row(file, None, ()) if file.error else Row(file, best, tuple(each)) for file, best, each in answers]
+        return [
+            file if file.error else file._replace(prediction=best, probabilities=tuple(each))
+            for file, best, each in answers
+        ]
 
     return in_order(pool, classify, grouped(files, BATCH_SIZE), ahead=4)
 
 
-def gathered(batches: Iterator[list[Row]], count: int, world: int) -> Generator[list[Row], None, None]:
+def gathered(batches: Iterator[list[Seen]], count: int, world: int) -> Generator[list[Seen], None, None]:
     """The lists of all processes in their global order, on every process, `count` in all.
 
     Whoever fails, or stops listening, tells the others at the next exchange, so that none waits for it.
@@ -186,49 +176,30 @@ def gathered(batches: Iterator[list[Row]], count: int, world: int) -> Generator[
     """
     from accelerate.utils import gather_object
 
-    def exchange(rows: list[Row] | None) -> list[list[Row] | None]:
+    def exchange(rows: list[Seen] | None) -> list[list[Seen] | None]:
         try:
             return gather_object([rows])
         except RuntimeError as error:
             raise UserError("another process has died, so there is no complete answer: start again") from error
 
     rounds = -(-count // world)
-    for turn in range(rounds):
-        try:
+    expected = True  # whether the others come to one more exchange
+    try:
+        for turn in range(1, rounds + 1):
             mine = next(batches, [])
-        except BaseException:
-            exchange(None)
-            raise
-        everyone = exchange(mine)
-        if any(rows is None for rows in everyone):
-            raise UserError("another process could not go on: its message is above")
-        try:
+            expected = False
+            everyone = exchange(mine)
+            if None in everyone:
+                raise UserError("another process could not go on: its message is above")
+            expected = turn < rounds
             yield from (rows for rows in everyone if rows)
-        except BaseException:
-            if turn + 1 < rounds:
-                exchange(None)
-            raise
+    except BaseException:
+        if expected:
+            exchange(None)
+        raise
 
 
-def counted(
-    batches: Iterable[list[Row]],
-    total: int,
-    summary: Summary,
-    label: Callable[[str], int | None],
-    shown: list[tuple[Row, int | None]],
-) -> Iterator[Row]:
-    """The rows as they pass: shown as progress, added to the summary, and to `shown` where they have a picture."""
-    with tqdm(total=total, unit=" images", disable=not sys.stderr.isatty()) as progress:
-        for batch in batches:
-            for row in batch:
-                summary.add(row.prediction, row.confidence, label(row.file.path))
-                if row.file.picture is not None:
-                    shown.append((row, label(row.file.path)))
-                yield row
-            progress.update(len(batch))
-
-
-def write_rows(rows: Iterable[Row], output: str, class_names: list[str], probabilities: bool) -> None:
+def write_rows(rows: Iterable[Seen], output: str, class_names: list[str], probabilities: bool) -> None:
     """Write rows as `write_table` does: path, prediction, confidence, error, and with `probabilities` p0, p1, ...
 
     The prediction is a class's name, and a number where all of them are numbers.
@@ -236,13 +207,13 @@ def write_rows(rows: Iterable[Row], output: str, class_names: list[str], probabi
     numbers = all(name.isdecimal() for name in class_names)
     answers: list[Any] = [int(name) for name in class_names] if numbers else class_names
     columns: dict[str, type] = {"path": str, "prediction": int if numbers else str, "confidence": float, "error": str}
-    if probabilities:
-        columns |= {f"p{k}": float for k in range(len(class_names))}
-    nothing = (None,) * len(class_names)
+    shares = [f"p{k}" for k in range(len(class_names))] if probabilities else []
+    columns |= dict.fromkeys(shares, float)
 
-    def values(row: Row) -> list[Any]:
-        answer = None if row.prediction is None else answers[row.prediction]
-        more = row.probabilities or nothing if probabilities else ()
-        return [row.file.path, answer, row.confidence, row.file.error, *more]
+    def values() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            answer = None if row.prediction is None else answers[row.prediction]
+            known = {"path": row.path, "prediction": answer, "confidence": row.confidence, "error": row.error}
+            yield dict.fromkeys(columns) | known | dict(zip(shares, row.probabilities, strict=False))
 
-    write_table(map(values, rows), output, columns)
+    write_table(values(), output, columns)

@@ -1,68 +1,71 @@
 """What a user wants to know of all rows together, counted as they pass."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from mnist_accel.image_files import Seen
 
-@dataclass
+
 class Summary:
-    """Counts over rows; `confusion` is int64 (classes, classes), rows labels, columns predictions."""
+    """How often each label got each answer, and the rows that have a picture, with their labels.
 
-    class_names: list[str]
-    answered: np.ndarray = field(init=False)
-    confusion: np.ndarray = field(init=False)
-    total_confidence: float = 0.0
-    unreadable: int = 0
-    unlabelled: int = 0
-    began: float = field(default_factory=time.perf_counter)
+    `label` gives a path's label as the index of a class, None for none.
+    """
 
-    def __post_init__(self) -> None:
-        size = len(self.class_names)
-        self.answered, self.confusion = np.zeros(size, np.int64), np.zeros((size, size), np.int64)
+    def __init__(self, class_names: list[str], label: Callable[[str], int | None]) -> None:
+        self.class_names, self.label = class_names, label
+        self.shown: list[tuple[Seen, int | None]] = []
+        # Rows are labels, columns predictions; the last of each is for None.
+        self.counts = np.zeros((len(class_names) + 1,) * 2, np.int64)
+        self.total_confidence = 0.0
+        self.began = time.perf_counter()
 
-    def add(self, prediction: int | None, confidence: float | None, label: int | None) -> None:
-        """Count one file: prediction and label are indices of classes, None where it was not read or has no label."""
-        self.unlabelled += label is None
-        if prediction is None or confidence is None:
-            self.unreadable += 1
-            return
-        self.answered[prediction] += 1
-        self.total_confidence += confidence
-        if label is not None:
-            self.confusion[label, prediction] += 1
+    @property
+    def unreadable(self) -> int:
+        return int(self.counts[:, -1].sum())
+
+    def count(self, row: Seen) -> Seen:
+        """Count one file, and return it."""
+        label = self.label(row.path)
+        self.counts[-1 if label is None else label, -1 if row.prediction is None else row.prediction] += 1
+        self.total_confidence += row.confidence or 0
+        if row.picture is not None:
+            self.shown.append((row, label))
+        return row
 
     def text(self, labelled: bool) -> str:
         """Counts, mean confidence, unreadable files and speed; with labels, accuracy and confusion matrix."""
-        read = int(self.answered.sum())
-        counts = "  ".join(f"{name}: {n}" for name, n in zip(self.class_names, self.answered, strict=True))
+        answered = self.counts[:, :-1].sum(0)
+        read, total = answered.sum(), self.counts.sum()
         confidence = f", mean confidence {self.total_confidence / read:.3f}" if read else ""
         lines = [
-            counts,
+            "  ".join(f"{name}: {n}" for name, n in zip(self.class_names, answered, strict=True)),
             f"{read} images read{confidence}, {self.unreadable} could not be read, "
-            f"{(read + self.unreadable) / (time.perf_counter() - self.began):.0f} images/s",
+            f"{total / (time.perf_counter() - self.began):.0f} images/s",
         ]
         if labelled:
-            right, known = int(np.trace(self.confusion)), int(self.confusion.sum())
-            accuracy = (
-                f"{right}/{known} ({right / known:.2%})" if known else "none of the labelled images could be read"
-            )
-            lines.append(f"Accuracy: {accuracy}" + (f", {self.unlabelled} without a label" if self.unlabelled else ""))
-            width = max(5, *(len(name) + 1 for name in self.class_names), len(str(self.confusion.max())) + 1)
-            lines.append("Confusion matrix (rows: label, columns: prediction)")
-            lines.append(" " * width + "".join(name.rjust(width) for name in self.class_names))
-            for name, counts_of in zip(self.class_names, self.confusion, strict=True):
-                lines.append(name.rjust(width) + "".join(str(n).rjust(width) for n in counts_of))
+            confusion, unlabelled = self.counts[:-1, :-1], self.counts[-1].sum()
+            right, known = confusion.trace(), confusion.sum()
+            share = f"{right}/{known} ({right / known:.2%})" if known else "none of the labelled images could be read"
+            rest = f", {unlabelled} without a label" if unlabelled else ""
+            lines += [f"Accuracy: {share}{rest}", "Confusion matrix (rows: label, columns: prediction)"]
+            width = max(5, 1 + max(map(len, [*self.class_names, str(confusion.max())])))
+            for name, cells in zip(["", *self.class_names], [self.class_names, *confusion], strict=True):
+                lines.append("".join(str(cell).rjust(width) for cell in [name, *cells]))
         return "\n".join(lines)
 
 
-def label_of(path: str, folder: Path, source: str, class_names: list[str]) -> int | None:
+def label_of(path: str, folder: Path, source: str | None, class_names: list[str]) -> int | None:
     """The index of the true class of a file, None if it has no label.
 
-    It is read from the file's name's first character (source "name") or from its parent folder's name ("folder").
+    It is read from the file's name's first character (source "name") or from its parent folder's name ("folder"), where
+    there is a source at all.
     """
+    if source is None:
+        return None
     *parents, file_name = path.split("/")
     parent = parents[-1] if parents else folder.resolve().name
     name = file_name[:1] if source == "name" else parent

@@ -11,13 +11,9 @@ def main() -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("folder", type=Path, help="the folder of images")
     parser.add_argument("--model", help=MODEL_HELP)
-    parser.add_argument(
-        "--output", default="predictions.csv", help="a .csv, .jsonl or .parquet file; - is CSV on stdout"
-    )
+    parser.add_argument("--output", default="predictions.csv", help=".csv, .jsonl or .parquet file; - is CSV on stdout")
     parser.add_argument("--probabilities", action="store_true", help="add a column for each class: p0, p1, ...")
-    parser.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help="draw each image, what the model saw, its answer"
-    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw images, what the model saw, its answers")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if any file could not be read")
     parser.add_argument(
         "--labels",
@@ -25,26 +21,21 @@ def main() -> int:
         help="where the true class stands: the parent folder's name, or the file name's first character; prints "
         "accuracy and a confusion matrix",
     )
-    parser.add_argument(
-        "--as-is",
-        action="store_true",
-        help="only make images grey and 28x28: they are like the training images already",
-    )
+    parser.add_argument("--as-is", action="store_true", help="only make images grey and 28x28: they are as in training")
     parser.add_argument("--workers", type=int, help="readers and threads (default: one of each a core)")
-    options = parser.parse_args()
-    if options.workers is not None and options.workers < 1:
-        raise UserError(f"--workers {options.workers}: give at least 1")
+    options = vars(parser.parse_args())
+    workers, strict = options["workers"], options.pop("strict")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: give at least 1")
 
     from mnist_accel.predict import predict_folder
 
     # So that what was half written is removed, as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    arguments = {name: value for name, value in vars(options).items() if name != "strict"}
     try:
-        unreadable = predict_folder(**arguments)
+        return int(predict_folder(**options) > 0 and strict)
     except KeyboardInterrupt:
         return 130
-    return int(options.strict and unreadable > 0)
 
 
 if __name__ == "__main__":

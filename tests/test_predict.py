@@ -273,7 +273,7 @@ def test_a_run_that_fails_leaves_the_old_file_and_nothing_else(folder, model, tm
     assert (tmp_path / "out" / "p.csv").read_text() == "old"
 
     def interrupted():
-        yield ["a", 1]
+        yield {"path": "a", "n": 1}
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -327,14 +327,16 @@ def test_pipes_loops_and_hidden_files_are_left_out(folder):
     (folder / ".git").mkdir()
     (folder / ".git" / "x.png").touch()
     assert [readable(path) for path in find_images(folder)] == sorted([*PATHS, "linked.png", "dangling.png"])
+    rest = set(find_images(folder)) - set(find_images(folder, leaving_out=folder / "4.png"))
+    assert rest == {b"4.png", b"linked.png"}, "a file to leave out is left out under its other names, too"
 
 
 def test_an_unreadable_folder_is_named_and_passed_over(folder, monkeypatch, capsys):
     scan = os.scandir
 
     def forbidden(path):
-        if path.endswith(b"deep/"):
-            raise PermissionError(13, "Permission denied")
+        if path.endswith(b"deep"):
+            raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", forbidden)
