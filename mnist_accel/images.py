@@ -17,18 +17,18 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
-from mnist_accel.ink import Ink, box_of, find_digit, fitted
+from mnist_accel.ink import Grey, box_of, find_digit, fitted, reduced
 
 SIDE, BOX = 28, 20
-# What Pillow may try: pixels only. Its other decoders run Ghostscript on the file, or follow it to other files.
-FORMATS = ["PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "PCX", "ICO", "HEIF"]
 with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 Image.init()  # Pillow cannot be asked for formats that it has not loaded yet, and builds differ in what they have.
+# What Pillow may try: pixels only. Its other decoders run Ghostscript on the file, or follow it to other files.
+FORMATS = ["PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "PCX", "ICO", "HEIF"]
 FORMATS = [name for name in FORMATS if name in Image.OPEN]
-HEIC_STARTS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # No image may unpack to more pixels: few cameras make more, and a few kilobytes can claim billions. (Larger JPEG files
 # are fine: they are decoded at a reduced size.)
 MAX_PIXELS = 100_000_000
@@ -77,8 +77,6 @@ def read_image(path: str | Path) -> np.ndarray:
             return _pixels(image)
     except ImageError:
         raise
-    except MemoryError as error:
-        raise ImageError("too large for this machine's memory") from error
     except Exception as error:
         # Pillow's decoders raise whatever a damaged file makes them trip over: OSError, SyntaxError, struct.error,
         # zlib.error, ValueError, KeyError, IndexError, ... and a user's folder must be read to its end all the same.
@@ -86,10 +84,13 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def _reason(error: Exception, path: str | Path) -> str:
+    if isinstance(error, MemoryError):
+        return "too large for this machine's memory"
     if isinstance(error, UnidentifiedImageError):
         with open(path, "rb") as file:
-            if file.read(12)[4:] in HEIC_STARTS and "HEIF" not in FORMATS:
-                return "a HEIC image: to read these, pip install pillow-heif"
+            start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS and "HEIF" not in FORMATS:
+            return "a HEIC image: to read these, pip install pillow-heif"
         return "not an image, or of a format that is not supported"
     if isinstance(error, Image.DecompressionBombError):
         return "too many pixels: a decompression bomb?"
@@ -106,45 +107,36 @@ def _pixels(image: Image.Image) -> np.ndarray:
     image.load()
     if image.format != "PNG" or "exif" in image.info:
         image = ImageOps.exif_transpose(image)
-    if image.mode in ("L", "RGB", "RGBA"):
-        return _reduced(np.asarray(image))
-    if image.mode == "1":
-        return _reduced(np.asarray(image.convert("L")))
     if image.mode.startswith("I") or image.mode == "F":
         # More than 8 bits, of unknown depth (12 bits in 16, floats in 0..1): the image's own range is what counts.
-        wide = _reduced(np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)).astype(np.float64)
+        wide = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
+        wide = reduced(wide, READ_SIDE).astype(np.float64)
         low, high = wide.min(), wide.max()
         return np.rint((wide - low) * (65535 / max(high - low, 1e-30))).astype(np.uint16)
-    transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
-    return _reduced(np.asarray(image.convert("RGBA" if transparent else "RGB")))
-
-
-def _reduced(pixels: np.ndarray) -> np.ndarray:
-    """The same array, or one averaged down to READ_SIDE."""
-    return pixels if max(pixels.shape[:2]) <= READ_SIDE else fitted(pixels, READ_SIDE)
-
-
-def _in_unit_range(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 1 or 3) float32 in 0..1, transparency laid over paper."""
-    return _over_paper(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
-
-
-def _as_bytes(values: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+    if image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "RGBA"):
+        transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
+        image = image.convert("RGBA" if transparent else "RGB")
+    return reduced(np.asarray(image), READ_SIDE)
 
 
 def thumbnail(pixels: np.ndarray, side: int = 56) -> np.ndarray:
     """The image at `side` pixels on its longest side, (h, w, 3) uint8 RGB, transparency laid over paper."""
-    values = _in_unit_range(pixels)
+    values = _over_paper(pixels)
     small = fitted(values, side, how=cv2.INTER_AREA if max(values.shape[:2]) > side else cv2.INTER_NEAREST)
     return _as_bytes(cv2.cvtColor(small, cv2.COLOR_GRAY2RGB) if small.ndim == 2 else small)
 
 
 def resized(pixels: np.ndarray) -> np.ndarray:
     """(28, 28) uint8: the whole image, made grey and squeezed to the network's size, and nothing else."""
-    values = _in_unit_range(pixels)
+    values = _over_paper(pixels)
     grey = values[..., 0] if values.shape[2] == 1 else cv2.cvtColor(values, cv2.COLOR_RGB2GRAY)
     return _as_bytes(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA))
+
+
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def to_mnist(pixels: np.ndarray) -> np.ndarray:
@@ -165,54 +157,54 @@ def to_mnist(pixels: np.ndarray) -> np.ndarray:
         raise ValueError(f"expected (H, W) or (H, W, C) of uint8 or uint16, not {pixels.shape} of {pixels.dtype}")
     if pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4):
         raise ValueError(f"expected 1, 3 or 4 channels, not {pixels.shape[2]}")
-    if pixels.shape[:2] == (SIDE, SIDE):
-        grey = _exact_grey(pixels)
-        if grey is not None:
-            for candidate in (grey, 255 - grey):
-                if follows_mnist_rule(candidate):
-                    return candidate
-    digit = _find(_one_channel(_in_unit_range(_reduced(pixels))))
-    return np.zeros((SIDE, SIDE), np.uint8) if digit is None else _set_in_box(digit)
+    made_so = _already_mnist(pixels)
+    if made_so is not None:
+        return made_so
+    strength = _find(_one_channel(_over_paper(reduced(pixels, READ_SIDE))))
+    return np.zeros((SIDE, SIDE), np.uint8) if strength is None else _set_in_box(strength)
 
 
-def _exact_grey(pixels: np.ndarray) -> np.ndarray | None:
-    """The pixels as uint8 (H, W) where that loses nothing, else None."""
+def _already_mnist(pixels: np.ndarray) -> np.ndarray | None:
+    """The image or its negative where it follows MNIST's rule, and making it (28, 28) uint8 loses nothing."""
+    if pixels.shape[:2] != (SIDE, SIDE):
+        return None
     if pixels.dtype == np.uint16:
         if (pixels % 257).any():
             return None
         pixels = (pixels // 257).astype(np.uint8)
-    if pixels.ndim == 2:
-        return pixels
-    first = pixels[..., :1]
-    grey = (pixels[..., :3] == first).all() and (pixels.shape[2] < 4 or (pixels[..., 3] == 255).all())
-    return np.ascontiguousarray(pixels[..., 0]) if grey else None
+    if pixels.ndim == 3:
+        if (pixels[..., :3] != pixels[..., :1]).any() or (pixels[..., 3:] != 255).any():
+            return None
+        pixels = np.ascontiguousarray(pixels[..., 0])
+    return next((candidate for candidate in (pixels, 255 - pixels) if follows_mnist_rule(candidate)), None)
 
 
 def follows_mnist_rule(image: np.ndarray) -> bool:
     """Whether (28, 28) uint8 pixels are what MNIST's rule makes: a box of 20, peak ink, the centre in the middle."""
-    if image.max() < 250:
-        return False
-    top, left, bottom, right = box_of(image > 0)
+    box = box_of(image)
     # 19: faint ink at the box's end can round to zero.
-    if max(bottom - top, right - left) not in (BOX - 1, BOX):
+    if image.max() < 250 or max(image[box].shape) not in (BOX - 1, BOX):
         return False
-    for start, end, sums in ((top, bottom, image.sum(1)), (left, right, image.sum(0))):
-        centre = float(sums @ (np.arange(SIDE) + 0.5)) / float(sums.sum())
+    for extent, sums in zip(box, (image.sum(1), image.sum(0)), strict=True):
         # int(15 - c) leaves the centre in [14, 15), unless the box met the edge before. The slack is MNIST's own.
-        clamped = (start == 0 and centre >= 14.9) or (end == SIDE and centre < 14.1)
+        centre = _centre(sums)
+        clamped = (extent.start == 0 and centre >= 14.9) or (extent.stop == SIDE and centre < 14.1)
         if not (13.9 <= centre <= 15.1 or clamped):
             return False
     return True
 
 
-def _over_paper(values: np.ndarray) -> np.ndarray:
-    """(H, W, C) in 0..1 with an alpha channel laid over paper that its ink stands out from."""
-    if values.ndim == 2:
-        return values[..., None]
-    if values.shape[2] != 4:
-        return values
+def _centre(sums: np.ndarray) -> float:
+    """The centre of mass, in pixels from the edge, of an image's sums over rows or columns."""
+    return float(sums @ (np.arange(len(sums)) + 0.5)) / float(sums.sum())
+
+
+def _over_paper(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 1 or 3) float32 in 0..1, transparency laid over paper that the ink stands out from."""
+    height, width = pixels.shape[:2]
+    values = pixels.reshape(height, width, -1).astype(np.float32) / np.iinfo(pixels.dtype).max
     colour, alpha = values[..., :3], values[..., 3:]
-    if alpha.min() >= 0.999:
+    if not alpha.size or alpha.min() >= 0.999:
         return colour
     visible = colour[alpha[..., 0] > 0.5]
     if not len(visible):
@@ -225,7 +217,7 @@ def _over_paper(values: np.ndarray) -> np.ndarray:
     return (colour * alpha + paper * (1 - alpha)).astype(np.float32)
 
 
-def _one_channel(values: np.ndarray) -> np.ndarray:
+def _one_channel(values: np.ndarray) -> Grey:
     """(H, W) float32 in 0..1: the mix of the colours in which ink and paper differ most.
 
     That is the first principal component of the image less its blur: of strokes, not of slow changes of light. For grey
@@ -233,57 +225,50 @@ def _one_channel(values: np.ndarray) -> np.ndarray:
     """
     if values.shape[2] == 1:
         return values[..., 0]
-    small = fitted(values, 128) if max(values.shape) > 128 else values
+    small = reduced(values, 128)
     reach = max(small.shape[:2]) // 4 * 2 + 1
     strokes = (small - cv2.blur(small, (reach, reach))).reshape(-1, 3)
     _, vectors = np.linalg.eigh(strokes.T.astype(np.float64) @ strokes)
     mix = vectors[:, -1] * (1.0 if vectors[:, -1].sum() >= 0 else -1.0)
-    mixed = values @ (mix / np.abs(mix).sum()).astype(np.float32)
+    total = np.abs(mix).sum()
     # Negative weights (a difference of colours) move the range below 0: move it back.
-    return np.clip(mixed + np.float32(-np.minimum(mix, 0).sum() / np.abs(mix).sum()), 0, 1)
+    return np.clip(values @ (mix / total).astype(np.float32) - np.float32(np.minimum(mix, 0).sum() / total), 0, 1)
 
 
-def _find(grey: np.ndarray) -> Ink | None:
+def _find(grey: Grey) -> Grey | None:
     """The digit's ink, looked for at a working size; a digit small in its image is looked at again, closer."""
-    height, width = grey.shape
     # Below 40 pixels there is no room for a line beside the digit: such images are the size-normalised crops of
     # archives (USPS, Semeion, optdigits). Nor is there in a crop less than 0.6 as wide as it is high.
-    tight = min(height, width) <= max(40, 0.6 * max(height, width))
-    digit = _find_at_working_size(grey, tight)
-    if digit is None:
+    tight = min(grey.shape) <= max(40, 0.6 * max(grey.shape))
+    strength = _find_at_working_size(grey, tight)
+    if strength is None:
         return None
-    scale = max(height, width) / max(digit.strength.shape)
-    top, left, bottom, right = digit.box
-    longest = max(bottom - top, right - left)
+    scale = max(grey.shape) / max(strength.shape)
+    box = box_of(strength > 0.5)
+    longest = max(strength[box].shape)
     if longest >= SMALL_SIDE // 2 or scale <= 1.5:
-        return digit
-    margin = 0.5 * longest
-    rows = slice(max(0, int((top - margin) * scale)), int((bottom + margin) * scale) + 1)
-    columns = slice(max(0, int((left - margin) * scale)), int((right + margin) * scale) + 1)
-    return _find_at_working_size(grey[rows, columns], False) or digit
+        return strength
+    rows, columns = (
+        slice(max(0, int((ends.start - 0.5 * longest) * scale)), int((ends.stop + 0.5 * longest) * scale) + 1)
+        for ends in box
+    )
+    closer = _find_at_working_size(grey[rows, columns], False)
+    return strength if closer is None else closer
 
 
-def _find_at_working_size(grey: np.ndarray, tight: bool) -> Ink | None:
+def _find_at_working_size(grey: Grey, tight: bool) -> Grey | None:
     height, width = grey.shape
-    longest = max(height, width)
-    if longest < SMALL_SIDE:
-        factor = -(-SMALL_SIDE // longest)
+    factor = -(-SMALL_SIDE // max(height, width))
+    if factor > 1:
         grey = cv2.resize(grey, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
-    elif longest > LARGE_SIDE:
-        grey = fitted(grey, LARGE_SIDE)
-    return find_digit(grey, tight)
+    return find_digit(reduced(grey, LARGE_SIDE), tight)
 
 
-def _set_in_box(digit: Ink) -> np.ndarray:
+def _set_in_box(strength: Grey) -> np.ndarray:
     """MNIST's last steps: the box to 20 by area average, peak ink to 255, the centre of mass to the middle."""
-    top, left, bottom, right = digit.box
-    small = fitted(digit.strength[top:bottom, left:right], BOX)
-    small = small * (255.0 / max(float(small.max()), 1e-6))
+    small = fitted(strength[box_of(strength > 0.5)], BOX)
+    small = small * (255.0 / float(small.max()))
+    y, x = (min(max(int(SIDE / 2 + 1 - _centre(sums)), 0), SIDE - len(sums)) for sums in (small.sum(1), small.sum(0)))
     result = np.zeros((SIDE, SIDE), np.uint8)
-    offsets = []
-    for sums in (small.sum(1), small.sum(0)):
-        centre = float(sums @ (np.arange(len(sums)) + 0.5)) / float(sums.sum())
-        offsets.append(min(max(int(SIDE / 2 + 1 - centre), 0), SIDE - len(sums)))
-    y, x = offsets
     result[y : y + small.shape[0], x : x + small.shape[1]] = np.rint(small)
     return result
