@@ -1,6 +1,7 @@
 """What every script shares: option parsing, one-line errors and exit statuses. Imports nothing heavy."""
 
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -11,6 +12,11 @@ MODEL_HELP = (
     "a run's folder, a weights folder or a Hub id (default: the newest runs/*/best, runs on digits aside, else the "
     "weights shipped in the package)"
 )
+
+# Of `accelerate launch`; users give them to the script.
+LAUNCHER_OPTIONS = {"--config-file", "--cpu", "--dynamo-backend", "--dynamo-mode", "--gpu-ids", "--machine-rank"}
+LAUNCHER_OPTIONS |= {"--main-process-ip", "--main-process-port", "--mixed-precision", "--multi-gpu", "--num-machines"}
+LAUNCHER_OPTIONS |= {"--num-cpu-threads-per-process", "--num-processes"}
 
 
 class UserError(ValueError):
@@ -47,7 +53,15 @@ class CommandLine(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        way_on = f"see {self.prog} --help"
+        if message.startswith("unrecognized arguments: --"):
+            option = message.split()[2].partition("=")[0]
+            if option in LAUNCHER_OPTIONS:
+                own = option.replace("-", "_").replace("__", "--", 1)
+                way_on = f"it is the launcher's and stands before the script: accelerate launch {own} ... {sys.argv[0]}"
+            elif similar := difflib.get_close_matches(option, self._option_string_actions, 1):
+                way_on = f"did you mean {similar[0]}? Else {way_on}"
+        raise UserError(f"{message}; {way_on}")
 
 
 def is_first_rank() -> bool:

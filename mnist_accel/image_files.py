@@ -44,6 +44,8 @@ def find_images(folder: Path, leaving_out: Path | None = None) -> list[bytes]:
         UserError: no such folder, or no image in it.
     """
     root = os.path.join(os.fsencode(folder), b"")
+    if os.path.isfile(folder):
+        raise UserError(f"{folder} is a file: give the folder that it is in")
     if not os.path.isdir(root):
         raise UserError(f"no folder {folder}: give a folder of images")
 

@@ -227,7 +227,7 @@ def find_weights(path_or_hub_id: str | Path | None) -> Path:
             if (folder / WEIGHTS_NAME).is_file():
                 return folder
         raise UserError(f"no {WEIGHTS_NAME} in {path}, nor in its best/ or final/: give a run's or a weights folder")
-    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")) or path.exists():
+    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")) or path.parent.is_dir():
         raise UserError(
             f"no model folder {path_or_hub_id}: give a run's folder, a weights folder or a Hub id USER/NAME"
         )

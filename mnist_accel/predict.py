@@ -99,8 +99,12 @@ def predict_folder(
                 return sum(row.error is not None for batch in batches for row in batch)
 
             out = sys.stderr if output == "-" else sys.stdout
-            used = "shipped with mnist_accel" if source == SHIPPED else source
-            print(f"model: {used} ({network.name}) on {accelerator.device}; {len(paths)} images", file=out, flush=True)
+            found = "shipped with mnist_accel" if source == SHIPPED else f"{source}, the newest run here"
+            print(
+                f"model: {model or found} ({network.name}) on {accelerator.device}; {len(paths)} images",
+                file=out,
+                flush=True,
+            )
             summary, rows = Summary(classes, label), chain.from_iterable(batches)
             progress = tqdm(rows, total=len(paths), unit=" images", disable=not sys.stderr.isatty())
             write_rows(map(summary.count, progress), output, classes, probabilities)

@@ -11,7 +11,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": {
         **_ONE_CYCLE,
         "model": "fast_net",
-        "epochs": 3,
+        "epochs": 2,
         "batch_size": 256,
         "learning_rate": 0.015,
         "dropout": 0.0,

@@ -13,7 +13,8 @@ from mnist_accel.output import check_writable, replacing
 PICTURES = 200
 COLUMNS = 10
 IMAGE, GAP, LINE = 56, 4, 18
-PAPER, SURROUND, TEXT, FAINT, RIGHT, WRONG = "#ffffff", "#ececec", "#222222", "#8a8a8a", "#2a7f3f", "#c0202a"
+PAPER, SURROUND, EDGE = "#ffffff", "#ececec", "#b8b8b8"
+TEXT, FAINT, RIGHT, WRONG = "#222222", "#5f6368", "#2a7f3f", "#c0202a"
 
 
 def check_sheet(path: Path) -> None:
@@ -41,6 +42,7 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
         picture = Image.fromarray(file.picture)
         draw.rectangle((x, y, x + IMAGE - 1, y + IMAGE - 1), fill=SURROUND)
         sheet.paste(picture, (x + (IMAGE - picture.width) // 2, y + (IMAGE - picture.height) // 2))
+        draw.rectangle((x - 1, y - 1, x + IMAGE, y + IMAGE), outline=EDGE)  # where paper on paper begins
         digit = Image.fromarray(file.digit).resize((IMAGE, IMAGE), Image.Resampling.NEAREST)
         sheet.paste(digit, (x + IMAGE + GAP, y))
         answer, colour = class_names[file.prediction], TEXT if label is None else RIGHT

@@ -54,7 +54,7 @@ class Summary:
             lines += [f"Accuracy: {share}{rest}", "Confusion matrix (rows: label, columns: prediction)"]
             width = max(5, 1 + max(map(len, [*self.class_names, str(confusion.max())])))
             for name, cells in zip(["", *self.class_names], [self.class_names, *confusion], strict=True):
-                lines.append("".join(str(cell).rjust(width) for cell in [name, *cells]))
+                lines.append(name.rjust(width) + "".join(str(cell or ".").rjust(width) for cell in cells))
         return "\n".join(lines)
 
 

@@ -206,8 +206,8 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         """Evaluate, write the epoch's row, keep the best weights, and save where the epoch is complete."""
-        state, loader = self.state, self.loader
-        done = self._images_done()
+        state, done = self.state, self._images_done()
+        epoch = -(-state.step // self.loader.steps_per_epoch)
         train_loss = self._total_loss() / done
         seconds, network = self._clock(), self.evaluated_network
         self._refuse_non_finite(train_loss, self._rate())
@@ -217,7 +217,7 @@ class Trainer:
             network.calibrate(logits, self.eval_split.labels)  # on held-out images only
         is_best = state.record_epoch(
             {
-                "epoch": -(-state.step // loader.steps_per_epoch),
+                "epoch": epoch,
                 "step": state.step,
                 "train_loss": round(train_loss, 6),
                 "eval_loss": round(result.loss, 6),
@@ -229,7 +229,7 @@ class Trainer:
             self.config.early_stopping_metric,
         )
         self.reporter.say(
-            f"{self.eval_name.capitalize()} set: {result.as_line()}"
+            f"{self.eval_name.capitalize()} set: {result.as_line()}, epoch {epoch}"
             + (" - new best" if is_best else f" - best so far {state.best_accuracy:.2%} in epoch {state.best_epoch}")
         )
         with together(self.accelerator):
@@ -240,7 +240,7 @@ class Trainer:
                 self.reporter.log_row(state.history[-1])
         self.loss_sum.zero_()
         self._started = time.perf_counter()
-        if state.step % loader.steps_per_epoch == 0:
+        if state.step % self.loader.steps_per_epoch == 0:
             self._save_checkpoint()
 
     def _out_of_patience(self) -> bool:

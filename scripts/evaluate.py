@@ -35,6 +35,8 @@ def main() -> int:
         size = count_parameters(model)
         described.append({"path": name, "name": model.name, "parameters": size, "temperature": model.temperature})
         print(f"model              {name} ({model.name}, {size:,} parameters, temperature {model.temperature:.3g})")
+    if len(models) > 1:
+        print(f"ensemble           the mean of the probabilities of these {len(models)}")
     print(f"data set           {data.source}, {options.split} split, {len(split.labels):,} images, on {device}")
     result = evaluate(list(models.values()), split, data.class_names, device, options.batch_size)
     print(result.as_text())

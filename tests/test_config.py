@@ -19,6 +19,18 @@ def test_the_defaults_are_the_original_workflow():
     )
 
 
+@pytest.mark.parametrize(("given", "hint"), [
+    (["--mixed_precision", "bf16"], "stands before the script: accelerate launch --mixed_precision ..."),
+    (["--num-processes=2"], "stands before the script: accelerate launch --num_processes ..."),
+    (["--learning_rat", "0.1"], "did you mean --learning-rate?"),
+    (["--colour", "red"], "see "),
+])  # fmt: skip
+def test_an_option_that_is_not_there_is_told_with_the_way_on(given, hint):
+    with pytest.raises(UserError, match="unrecognized arguments: ") as error:
+        parse_config(given)
+    assert hint in str(error.value) and "\n" not in str(error.value)
+
+
 def test_hyphens_and_underscores_are_the_same():
     assert parse_config(["--batch_size", "32"]) == parse_config(["--batch-size=32"])
 

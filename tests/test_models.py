@@ -235,6 +235,13 @@ def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(path, tmp_
     refused(path, "no m" if path == "" else "no model folder")
 
 
+def test_a_mistyped_run_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    Path("runs").mkdir()
+    refused("runs/nowhere", "no model folder runs/nowhere")
+
+
 def test_a_file_and_an_empty_folder_are_refused(folder, tmp_path):
     refused(folder / "model.safetensors", "no model folder")
     (tmp_path / "empty").mkdir()

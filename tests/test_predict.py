@@ -296,6 +296,11 @@ def test_mistakes_are_found_before_anything_is_written(options, message, folder,
         predict_folder(folder, **{"model": str(model), "output": "p.csv"} | options)
 
 
+def test_a_single_file_is_pointed_to_its_folder(folder, model):
+    with pytest.raises(UserError, match="4.png is a file: give the folder"):
+        predict_folder(folder / "4.png", model=str(model))
+
+
 def test_the_script_ends_with_the_promised_status(folder, model, tmp_path):
     nothing = script(tmp_path / "nowhere", cwd=tmp_path)
     assert nothing.returncode == 2 and nothing.stderr.startswith("error: no folder") and nothing.stderr.count("\n") == 1

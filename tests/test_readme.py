@@ -31,6 +31,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from mnist_accel import benchmark
 from mnist_accel.config import TrainConfig
+from mnist_accel.export import export_model
+from mnist_accel.models import load_model
 
 Variables = dict[str, str]
 TEXT = (ROOT / "README.md").read_text()
@@ -66,6 +68,7 @@ ONLY_PARSED = {
     "scripts/train.py --output-dir runs/two --resume auto": "it needs two machines; see test_two_hosts.py",
     "python scripts/benchmark.py --parts training,kernels,startup,prediction --steps 200 --figure benchmark.png": "it takes "
     "long; see test_benchmark.py",
+    "python scripts/benchmark.py --parts accuracy,scaling --steps 200": "it takes long; see test_benchmark.py",
 }
 PROGRAMS = "accelerate|hf|nvidia-smi|pip|python|tensorboard|torchrun|uv"
 INSTALLER = "python -m pip install -q uv && "
@@ -261,10 +264,15 @@ def test_the_slurm_script_is_a_shell_script_that_starts_the_training(tmp_path, m
 
 def test_the_python_of_the_readme_runs(place, monkeypatch):
     monkeypatch.chdir(place)
+    model = load_model(ROOT / "mnist_accel" / "pretrained")
+    for file_format, ending in (("onnx", ".onnx"), ("torch-export", ".pt2")):
+        export_model(model, file_format, Path("model" + ending))
     names = {"images": torch.rand(5, 1, 28, 28)}
+    shapes = []
     for block in fenced("python"):
         exec(block, names)
-    assert names["logits"].shape == (5, 10)
+        shapes.append(tuple(names["logits"].shape))
+    assert shapes == [(5, 10), (1, 10), (5, 10)]
     assert names["digit"].shape == (28, 28) and names["digit"].dtype == np.uint8 and names["digit"].any()
 
 
