@@ -297,7 +297,7 @@ def test_mistakes_are_found_before_anything_is_written(options, message, folder,
 
 
 def test_a_single_file_is_pointed_to_its_folder(folder, model):
-    with pytest.raises(UserError, match="4.png is a file: give the folder"):
+    with pytest.raises(UserError, match=r"4\.png is a file: give the folder"):
         predict_folder(folder / "4.png", model=str(model))
 
 
