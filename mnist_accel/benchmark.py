@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from mnist_accel.cli import UserError
+from mnist_accel.cli import POSITIVE, UserError
 from mnist_accel.config import option
 
 PARTS = ("training", "kernels", "accuracy", "prediction", "scaling", "startup")
@@ -37,12 +37,6 @@ LOOPS = ["-m", "mnist_accel.benchmark_loops"]
 # from start to end; other numbers are what the command prints as JSON in its last line, or, of train.py, what its
 # metrics.jsonl says.
 Case = tuple[str, Sequence[str], Sequence[list[Any]]]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count: give at least 1")
-    return int(text)
 
 
 def _counts(text: str) -> list[int]:
@@ -75,10 +69,10 @@ class Benchmark:
     workers: Sequence[int] = option(
         (0, 2), "DataLoader workers of the examples' loop, one variant each (default: 0,2)", type=_counts
     )
-    rounds: int = option(3, "how often each command is run, in turn", type=_count)
-    steps: int = option(300, "optimizer steps of a training measurement", type=_count)
-    seeds: int = option(5, "trainings of the recipe fast", type=_count)
-    images: int = option(10_000, "files to predict", type=_count)
+    rounds: int = option(3, "how often each command is run, in turn", type=POSITIVE)
+    steps: int = option(300, "optimizer steps of a training measurement", type=POSITIVE)
+    seeds: int = option(5, "trainings of the recipe fast", type=POSITIVE)
+    images: int = option(10_000, "files to predict", type=POSITIVE)
     time_limit: float = option(3600, "seconds after which a process is killed", type=float)
     machine: dict[str, Any] = field(init=False)  # of `benchmark_loops.machine`
     folder: Path = field(init=False)  # for what the processes write; removed at the end

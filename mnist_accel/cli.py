@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -21,6 +22,28 @@ LAUNCHER_OPTIONS |= {"--num-cpu-threads-per-process", "--num-processes"}
 
 class UserError(ValueError):
     """A mistake of the user's: its message is one line that says what is wrong and what to do."""
+
+
+def number(kind: type, low: float, below: float = math.inf, words: Any = ()) -> Callable[[str], Any]:
+    """A parser for numbers from `low` to below `below`, and for `words`, a dict of those that stand for a value."""
+
+    def parse(text: str) -> Any:
+        if text.lower() in words:
+            return words[text.lower()]
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < below:
+            wanted = "a whole number" if kind is int else "a number"
+            wanted += f" of at least {low}" + (f" and less than {below:g}" if below < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text!r}: give {', or '.join([wanted, *words])}")
+        return value
+
+    return parse
+
+
+COUNT, POSITIVE = number(int, 0), number(int, 1)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -5,10 +5,9 @@ Imports nothing heavy, so that `--help` and a mistyped option answer at once.
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mnist_accel.cli import CommandLine, UserError
+from mnist_accel.cli import COUNT, POSITIVE, CommandLine, UserError, number
 from mnist_accel.recipes import RECIPES
 
 MODEL_NAMES = ("mnist_net", "fast_net", "compact_net", "residual_net", "wide_net")
@@ -41,24 +40,6 @@ def option(default: Any, help: str, **argument: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **argument})
 
 
-def _number(kind: type, low: float, below: float = math.inf, words: Any = ()) -> Callable[[str], Any]:
-    """A parser for numbers from `low` to below `below`, and for `words`, a dict of those that stand for a value."""
-
-    def parse(text: str) -> Any:
-        if text.lower() in words:
-            return words[text.lower()]
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < below:
-            kind_name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind_name} x with {low} <= x < {below:g}")
-        return value
-
-    return parse
-
-
 def _text_or_off(text: str, form: str = ".*", what: str = "") -> str | None:
     if text.lower() in ("off", "none"):
         return None
@@ -68,10 +49,9 @@ def _text_or_off(text: str, form: str = ".*", what: str = "") -> str | None:
 
 
 _REPOSITORY = partial(_text_or_off, form=r"[\w.-]+/[\w.-]+", what="of the form USER/NAME")
-_COUNT, _POSITIVE = _number(int, 0), _number(int, 1)
-_RATE, _FRACTION = _number(float, 0, words={"off": 0.0}), _number(float, 0, 1, words={"off": 0.0})
+_RATE, _FRACTION = number(float, 0, words={"off": 0.0}), number(float, 0, 1, words={"off": 0.0})
 _OFF = {"off": None, "none": None}
-_COUNT_OR_OFF = _number(int, 1, words=_OFF)
+_COUNT_OR_OFF = number(int, 1, words=_OFF)
 
 
 @dataclass(frozen=True)
@@ -84,8 +64,8 @@ class TrainConfig:
     output_dir: str = option("", "the run's folder (default: runs/<date-time>)")
     recipe: str = option("baseline", "named hyperparameters; single options override it", choices=tuple(RECIPES))
     model: str = option("mnist_net", "architecture", choices=MODEL_NAMES)
-    epochs: int = option(10, "passes over the training images", type=_POSITIVE)
-    batch_size: int = option(64, "images per optimizer step over ALL processes and accumulation steps", type=_POSITIVE)
+    epochs: int = option(10, "passes over the training images", type=POSITIVE)
+    batch_size: int = option(64, "images per optimizer step over ALL processes and accumulation steps", type=POSITIVE)
     learning_rate: float = option(0.001, "peak learning rate", type=_RATE)
     optimizer: str = option("adam", "optimizer; sgd has Nesterov momentum 0.9", choices=OPTIMIZER_NAMES)
     scheduler: str = option("constant", "course of the learning rate over all epochs", choices=SCHEDULER_NAMES)
@@ -93,26 +73,24 @@ class TrainConfig:
     weight_decay: float = option(0.0, "of weight matrices and kernels; biases are left alone", type=_RATE)
     dropout: float = option(0.5, "before the last layer", type=_FRACTION)
     label_smoothing: float = option(0.0, "probability mass spread over all classes", type=_FRACTION)
-    ema_decay: float | None = option(None, "decay of an average of the weights", type=_number(float, 0, 1, words=_OFF))
-    max_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=_number(float, 0, words=_OFF))
-    gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", type=_POSITIVE)
+    ema_decay: float | None = option(None, "decay of an average of the weights", type=number(float, 0, 1, words=_OFF))
+    max_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=number(float, 0, words=_OFF))
+    gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", type=POSITIVE)
     augment: bool = option(False, "distort whole batches at random, as --augmentation says", action=SWITCH)
     augmentation: str = option("affine", "which distortions --augment draws", choices=AUGMENTATION_NAMES)
-    non_digits: int = option(0, "pictures of no digit to train on, each class as likely for them", type=_COUNT)
-    validation_size: int = option(0, "training images held out to choose best/; 0: the test split does", type=_COUNT)
+    non_digits: int = option(0, "pictures of no digit to train on, each class as likely for them", type=COUNT)
+    validation_size: int = option(0, "training images held out to choose best/; 0: the test split does", type=COUNT)
     early_stopping_patience: int | None = option(None, "stop after N epochs without a new best", type=_COUNT_OR_OFF)
     early_stopping_metric: str = option("accuracy", "what early stopping watches", choices=STOPPING_METRICS)
     max_steps: int | None = option(None, "stop after N steps; schedules still span all epochs", type=_COUNT_OR_OFF)
-    checkpoint_every: int | str = option(
-        "epoch", "or a number of steps", type=_number(int, 1, words={"epoch": "epoch"})
-    )
-    keep_checkpoints: int = option(2, "complete checkpoints to keep", type=_POSITIVE)
+    checkpoint_every: int | str = option("epoch", "or a number of steps", type=number(int, 1, words={"epoch": "epoch"}))
+    keep_checkpoints: int = option(2, "complete checkpoints to keep", type=POSITIVE)
     resume: str | None = option(
         None, "'auto': from the newest checkpoint in --output-dir, if any; or a checkpoint's path", type=_text_or_off
     )
-    seed: int = option(0, "of initial weights, order of images, augmentation and dropout", type=_COUNT)
+    seed: int = option(0, "of initial weights, order of images, augmentation and dropout", type=COUNT)
     deterministic: bool = option(False, "bit-reproducible kernels; slower on a GPU", action=SWITCH)
-    log_every: int = option(100, "optimizer steps between progress lines", type=_POSITIVE)
+    log_every: int = option(100, "optimizer steps between progress lines; each epoch ends with one too", type=POSITIVE)
     report_to: str = option("tensorboard", "'none', or any tracker that Accelerate knows")
     push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", type=_REPOSITORY)
     auto_batch_size: bool = option(

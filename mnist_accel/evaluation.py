@@ -42,6 +42,7 @@ class Evaluation:
     loss: float  # mean cross-entropy in nats at temperature 1, as `eval_loss` in metrics.jsonl
     calibration_error: float  # expected calibration error of `probabilities`, 0..1
     probabilities: Tensor  # float32 (N, C) on the CPU, calibrated by each model: the confidences that users see
+    single_accuracies: list[float]  # of each model alone, 0..1
 
     @property
     def correct(self) -> int:
@@ -67,6 +68,7 @@ class Evaluation:
             "correct": self.correct,
             "accuracy": self.accuracy,
             "accuracy_interval_95": list(metrics.accuracy_interval(self.correct, self.total)),
+            "single_accuracies": self.single_accuracies,
             "loss": self.loss,
             "expected_calibration_error": self.calibration_error,
             "per_class": [
@@ -89,6 +91,8 @@ class Evaluation:
             "",
             f"{'class':{width}}  {'images':>7}  {'precision':>9}  {'recall':>7}",
         ]
+        if len(self.single_accuracies) > 1:
+            lines.insert(1, "each model alone   " + "  ".join(f"{accuracy:.2%}" for accuracy in self.single_accuracies))
         for row in measures["per_class"]:
             precision, recall = ("-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall"))
             lines.append(f"{row['class']:{width}}  {row['images']:7,}  {precision:>9}  {recall:>7}")
@@ -135,6 +139,7 @@ def _measure(logits: list[Tensor], models: list[DigitClassifier], labels: Tensor
         loss=float(F.nll_loss(plain, labels)) + math.log(len(models)),
         calibration_error=metrics.expected_calibration_error(probabilities, labels),
         probabilities=probabilities.float(),
+        single_accuracies=[float((each.argmax(dim=1) == labels).double().mean()) for each in logits],
     )
 
 

@@ -12,10 +12,13 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
 
     Args:
         model: the network.
-        facts: `dataset`, `epoch`, `step`, `split` (that was evaluated), `accuracy` (0..1), `loss`, `options`.
+        facts: `dataset`, `epoch`, `step`, `split` (that was evaluated), `accuracy` (0..1), `loss`, `options`; where
+            these weights were chosen on another split, `test_accuracy` too.
     """
     dataset, split, accuracy, task = facts["dataset"], facts["split"], facts["accuracy"], "image-classification"
-    result = EvalResult(task, dataset, dataset, "accuracy", round(accuracy, 6), dataset_split=split)
+    accuracies = {split: accuracy}
+    if "test_accuracy" in facts:
+        accuracies["test"] = facts["test_accuracy"]
     metadata = ModelCardData(
         license="mit",
         library_name="mnist_accel",
@@ -24,8 +27,12 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
         datasets=[dataset] if dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) else None,
         metrics=["accuracy"],
         model_name=model.name,
-        eval_results=[result],
+        eval_results=[
+            EvalResult(task, dataset, dataset, "accuracy", round(value, 6), dataset_split=name)
+            for name, value in accuracies.items()
+        ],
     )
+    on_test = f" On the test split: accuracy {accuracies['test']:.2%}." if "test_accuracy" in facts else ""
     options = "\n".join(f"    {name}: {value}" for name, value in facts["options"].items())
     return f"""---
 {metadata.to_yaml()}
@@ -35,7 +42,8 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
 
 Classifies 28x28 images into {len(model.class_names)} classes: {", ".join(model.class_names)}.
 {count_parameters(model):,} parameters, trained on {dataset} with Hugging Face Accelerate: epoch {facts["epoch"]},
-optimizer step {facts["step"]:,}. On the {split} split: accuracy {accuracy:.2%}, average loss {facts["loss"]:.4f}.
+optimizer step {facts["step"]:,}. On the {split} split: accuracy {accuracy:.2%}, average loss
+{facts["loss"]:.4f}.{on_test}
 
 ## Use
 

@@ -158,7 +158,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def save_model(model: DigitClassifier, folder: Path, **facts: Any) -> None:
+def save_model(model: DigitClassifier, folder: Path, /, **facts: Any) -> None:
     """Write `model.safetensors` and `config.json` into `folder`.
 
     Args:

@@ -30,6 +30,9 @@ class Reporter:
     def announce(self, data: ImageData, network: DigitClassifier, loader: ResidentLoader, evaluated: int) -> None:
         """What is about to run, on what: device, images, network, and how the global batch is shared out."""
         config, processes, micro_batches = self.config, self.accelerator.num_processes, len(loader.slices)
+        shares = {"processes": processes, "micro-batches": micro_batches}
+        shares["images"] = config.batch_size // processes // micro_batches
+        product = " x ".join(f"{count} {name}" for name, count in shares.items() if count > 1 or name == "images")
         held_out = f", {evaluated:,} held out for validation" if config.validation_size else ""
         self.say(f"Device: {describe_device(self.accelerator)}")
         self.say(
@@ -37,9 +40,8 @@ class Reporter:
             f"{len(data.test.labels):,} test images, {len(data.class_names)} classes"
         )
         self.say(
-            f"Model: {config.model}, {count_parameters(network):,} parameters; recipe {config.recipe}; global batch "
-            f"{config.batch_size} = {processes} processes x {micro_batches} micro-batches x "
-            f"{config.batch_size // processes // micro_batches} images"
+            f"Model: {config.model}, {count_parameters(network):,} parameters; recipe {config.recipe}; "
+            f"global batch {config.batch_size} = {product}"
         )
 
     def start_trackers(self, folder: Path, resumed_step: int | None) -> None:

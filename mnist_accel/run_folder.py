@@ -25,7 +25,7 @@ from mnist_accel.data import ImageData, Split
 from mnist_accel.distributed import describe_device
 from mnist_accel.evaluation import Evaluation
 from mnist_accel.model_card import model_card
-from mnist_accel.models import DigitClassifier, save_model
+from mnist_accel.models import CONFIG_NAME, DigitClassifier, save_model
 from mnist_accel.output import replacing
 
 OWN_NAMES = ("config.yaml", "metrics.jsonl", "best", "final", "checkpoints")
@@ -154,6 +154,10 @@ class RunFolder:
             with _written_whole(folder / file.name) as temporary:
                 file.rename(temporary)
         staging.rmdir()
+
+    def add_facts(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
+        """Write `best/` or `final/`, which holds this network, once more, with more facts in config.json and card."""
+        self.write_weights(name, model, json.loads((self.path / name / CONFIG_NAME).read_text()) | facts)
 
     def draw_figures(self, history: list[dict[str, Any]], split: Split, result: Evaluation) -> dict[str, np.ndarray]:
         """`figures/`; returns the pictures by name, uint8 (H, W, 3)."""

@@ -1,4 +1,4 @@
-"""A contact sheet: each image, what the network saw of it, and its answer."""
+"""A contact sheet: each image, what the network saw of it, its answer and the file's name."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from mnist_accel.output import check_writable, replacing
 # The sheet shows this many images, from the first: more would not be looked at.
 PICTURES = 200
 COLUMNS = 10
-IMAGE, GAP, LINE = 56, 4, 18
+IMAGE, GAP, LINE, NAME = 56, 4, 18, 13
 PAPER, SURROUND, EDGE = "#ffffff", "#ececec", "#b8b8b8"
 TEXT, FAINT, RIGHT, WRONG = "#222222", "#5f6368", "#2a7f3f", "#c0202a"
 
@@ -30,11 +30,11 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
     Raises:
         UserError: the sheet cannot be written, such as on a full disk.
     """
-    width, height = 2 * IMAGE + 3 * GAP, IMAGE + LINE + 3 * GAP
+    width, height = 2 * IMAGE + 3 * GAP, IMAGE + LINE + NAME + 3 * GAP
     columns = max(1, min(COLUMNS, len(items)))
     rows = max(1, -(-len(items) // columns))
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(10)
     for i, (file, label) in enumerate(items):
         x, y = GAP + i % columns * width, GAP + i // columns * height
         right, line = x + 2 * IMAGE + GAP, y + IMAGE + 1
@@ -48,9 +48,13 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
         answer, colour = class_names[file.prediction], TEXT if label is None else RIGHT
         if label not in (None, file.prediction):
             answer, colour = f"{answer}  not {class_names[label]}", WRONG
-            draw.rectangle((x - 2, y - 2, right + 1, y + IMAGE + LINE + 2), outline=WRONG, width=2)
+            draw.rectangle((x - 2, y - 2, right + 1, y + IMAGE + LINE + NAME + 2), outline=WRONG, width=2)
         draw.text((x + 2, line), answer, fill=colour, font=font)
         draw.text((right, line), f"{file.confidence:.0%}", fill=FAINT, font=font, anchor="ra")
+        name, room = file.path.rpartition("/")[2], 2 * IMAGE + GAP - 4
+        while draw.textlength(name, small) > room:
+            name = "…" + name.removeprefix("…")[1:]  # the end of a name tells files of a camera apart
+        draw.text((x + 2, line + LINE), name, fill=FAINT, font=small)
     try:
         with replacing(path) as temporary:
             sheet.save(temporary, format={".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"))

@@ -125,7 +125,7 @@ class Trainer:
                     if self.average is not None:
                         self.average.update(self.network, state.step)
                     self.reporter.advance(batch.size)
-                    if state.step % config.log_every == 0:
+                    if state.step % config.log_every == 0 or state.step % loader.steps_per_epoch == 0:
                         self._log_progress(epoch, rate)
                     stopping = state.step == self.last_step or stop_signal
                     # At the end of an epoch the evaluation comes first, so that a checkpoint there includes it.
@@ -284,8 +284,7 @@ class Trainer:
             "split": split_name,
             "accuracy": result.accuracy,
             "loss": result.loss,
-            "epoch": -(-self.state.step // self.loader.steps_per_epoch),
-            "step": self.state.step,
+            **{name: self.state.history[-1][name] for name in ("epoch", "step")},
             "options": self.config.options(),
         }
         self.folder.write_weights(name, self.evaluated_network, facts)
@@ -308,6 +307,7 @@ class Trainer:
                     best = load_model(self.folder.path / "best")
                     best_result = evaluate([best], test, self.data.class_names, self.accelerator.device)
                     final["best_test_accuracy"] = best_result.accuracy
+                    self.folder.add_facts("best", best, {"test_accuracy": best_result.accuracy})
                 self.folder.write_metrics([*state.history, final])
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)

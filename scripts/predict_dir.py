@@ -4,7 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
-from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, run_script
+from mnist_accel.cli import MODEL_HELP, POSITIVE, CommandLine, run_script
 
 
 def main() -> int:
@@ -22,11 +22,9 @@ def main() -> int:
         "accuracy and a confusion matrix",
     )
     parser.add_argument("--as-is", action="store_true", help="only make images grey and 28x28: they are as in training")
-    parser.add_argument("--workers", type=int, help="readers and threads (default: one of each a core)")
+    parser.add_argument("--workers", type=POSITIVE, help="readers and threads (default: one of each a core)")
     options = vars(parser.parse_args())
-    workers, strict = options["workers"], options.pop("strict")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: give at least 1")
+    strict = options.pop("strict")
 
     from mnist_accel.predict import predict_folder
 

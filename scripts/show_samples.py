@@ -3,7 +3,7 @@
 from pathlib import Path
 from random import Random
 
-from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, is_first_rank, run_script
+from mnist_accel.cli import MODEL_HELP, CommandLine, is_first_rank, number, run_script
 
 MOST = 1000  # a picture of more is too large to look at
 
@@ -12,12 +12,10 @@ def main() -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
-    parser.add_argument("--num-samples", type=int, default=10, help=f"images to draw, at most {MOST}")
+    parser.add_argument("--num-samples", type=number(int, 1, MOST + 1), default=10, help=f"how many, at most {MOST}")
     parser.add_argument("--seed", type=int, help="the same seed chooses the same images (default: others each time)")
     parser.add_argument("--output", type=Path, default=Path("random_samples_test.png"), help="the picture")
     options = parser.parse_args()
-    if not 1 <= options.num_samples <= MOST:
-        raise UserError(f"--num-samples {options.num_samples}: give 1 to {MOST}")
 
     from accelerate import PartialState
 

@@ -117,7 +117,7 @@ def test_a_process_that_fails_is_told_in_one_line() -> None:
     ("options", "message"),
     [
         (["--parts", "training,speed"], "'speed' is unknown"),
-        (["--rounds", "0"], "give at least 1"),
+        (["--rounds", "0"], "a whole number of at least 1"),
         (["--parts", "startup", "--figure", "f.png"], "measure at least one"),
     ],
 )

@@ -94,6 +94,10 @@ def test_an_ensemble_averages_probabilities(split):
     assert result.correct == int((mean.argmax(dim=1) == split.labels).sum())
     plain = sum(F.softmax(predict_logits(m, split.images, CPU).double(), dim=1) for m in (first, second)) / 2
     assert result.loss == pytest.approx(float(F.nll_loss(plain.log(), split.labels)), rel=1e-5)
+    alone = [evaluate([model], split, DIGITS, CPU) for model in (first, second)]
+    assert result.single_accuracies == result.as_json()["single_accuracies"] == [each.accuracy for each in alone]
+    assert result.as_text().splitlines()[1].split()[-2:] == [f"{each.accuracy:.2%}" for each in alone]
+    assert "alone" not in alone[0].as_text()
 
 
 def test_the_same_model_twice_is_the_model(split):

@@ -22,11 +22,12 @@ from pyarrow import parquet
 from mnist_accel import image_files
 from mnist_accel import predict as predict_module
 from mnist_accel.cli import UserError
-from mnist_accel.image_files import Readers, find_images, in_order, readable
+from mnist_accel.image_files import Readers, Seen, find_images, in_order, readable
 from mnist_accel.images import read_digit
-from mnist_accel.models import SHIPPED, build_model, load_model, save_model
+from mnist_accel.models import DIGITS, SHIPPED, build_model, load_model, save_model
 from mnist_accel.output import write_table
 from mnist_accel.predict import BATCH_SIZE, default_model, predict_folder
+from mnist_accel.sheet import draw_sheet
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "predict_dir.py"
 
@@ -241,6 +242,21 @@ def test_the_sheet_shows_the_images_and_is_not_predicted_itself(folder, model, t
     with Image.open(folder / "sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 50, "it shows more than paper and text"
+
+
+def test_the_sheet_shows_file_names_of_any_length_below_their_images(tmp_path):
+    def drawn(name):
+        blank = np.zeros((28, 28), np.uint8)
+        first, second = (Seen(path, blank, blank, prediction=3, probabilities=(1.0,)) for path in (name, "b/2.png"))
+        draw_sheet([(first, None), (second, None)], DIGITS, tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            pixels = np.asarray(sheet.convert("L"))
+        return np.hsplit(pixels, 2)
+
+    (short, after_short), (long, after_long) = drawn("a/1.png"), drawn(f"a/{'ー' * 50}{'1' * 100}.png")
+    assert np.array_equal(after_short, after_long)
+    assert (long != short).any() and (long < 128).sum() > (short < 128).sum()
+    assert not np.array_equal(short, drawn("a/7.png")[0])
 
 
 def test_the_summary_counts(folder, model, tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from small_data import make_small_dataset
 
@@ -162,13 +163,13 @@ def test_the_first_lines_name_the_device_the_images_and_the_network(plain):
     device, data, model, folder = plain["lines"][:4]
     assert device.startswith("Device: cpu (1 threads), 1 process, mixed precision no") or "cuda" in device
     assert "150 training images" in data and "53 test images" in data
-    assert "mnist_net, 421,642 parameters" in model and "global batch 16 = 1 processes x 1" in model
+    assert "mnist_net, 421,642 parameters" in model and model.endswith("global batch 16 = 16 images")
     assert str(plain["run"]) in folder
 
 
-def test_progress_is_a_line_every_so_many_steps(plain):
+def test_progress_is_a_line_every_so_many_steps_and_at_the_end_of_each_epoch(plain):
     steps = [int(found[1]) for line in plain["lines"] if (found := re.search(r"Step: (\d+)  Loss: \d+\.\d{4}", line))]
-    assert steps == [4, 8, 12, 16, 20, 24, 28]
+    assert steps == [4, 8, 10, 12, 16, 20, 24, 28, 30]
 
 
 def test_each_epoch_ends_in_the_line_that_users_of_the_original_know(plain):
@@ -191,7 +192,7 @@ def test_tensorboard_has_scalars_of_steps_and_epochs_and_the_pictures(plain):
 
     events = EventAccumulator(str(plain["run"] / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 12, 16, 20, 24, 28]
+    assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 10, 12, 16, 20, 24, 28, 30]
     assert all(event.value == pytest.approx(0.002) for event in events.Scalars("train/learning_rate"))
     logged = [(event.step, event.value) for event in events.Scalars("epoch/eval_accuracy")]
     assert logged == [(row["step"], pytest.approx(row["eval_accuracy"])) for row in rows(plain["run"])[:-1]]
@@ -344,6 +345,12 @@ def test_with_validation_the_test_split_is_read_once_at_the_end(small_dataset, t
     logits = original(load_model(folder / "best"), data.test.images, torch.device("cpu"))
     accuracy = (logits.argmax(dim=1) == data.test.labels).double().mean().item()
     assert final["best_test_accuracy"] == pytest.approx(accuracy)
+    assert description(folder, "best")["test_accuracy"] == final["best_test_accuracy"]
+    card = ModelCard((folder / "best" / "README.md").read_text())
+    reported = {result.dataset_split: result.metric_value for result in card.data.eval_results}
+    best_row = epochs[final["best_epoch"] - 1]
+    assert reported == pytest.approx({"validation": best_row["eval_accuracy"], "test": accuracy}, abs=1e-6)
+    assert f"On the test split: accuracy {accuracy:.2%}." in card.text
 
 
 def test_best_and_final_hold_the_averaged_weights(small_dataset, tmp_path):
