@@ -417,3 +417,18 @@ def test_deterministic_chooses_kernels_that_repeat_themselves(small_dataset, tmp
     assert same_weights(weights(one), weights(other))
     run(small_dataset, tmp_path / "fast", "--max-steps", "1")
     assert seen[-1] == (False, True, None)
+
+
+def test_a_compiled_run_compiles_one_graph_and_leaves_the_same_weights(small_dataset, tmp_path, monkeypatch):
+    options = ["--epochs", "2", "--dropout", "0", "--validation-size", "41", "--ema-decay", "0.9"]
+    plain = run(small_dataset, tmp_path / "plain", *options)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    compiled = run(small_dataset, tmp_path / "compiled", *options)
+    assert counters["unique_graphs"] == before + 1, "the last batch of an epoch has the shape of all others"
+    for name in ("best", "final"):
+        expected, found = (load_file(folder / name / "model.safetensors") for folder in (plain, compiled))
+        assert found.keys() == expected.keys()
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=0)
