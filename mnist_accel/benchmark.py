@@ -78,12 +78,13 @@ class Benchmark:
     folder: Path = field(init=False)  # for what the processes write; removed at the end
 
     def run(self, say: Callable[[str], None] = print) -> dict[str, Any]:
-        """Measure everything; returns `machine`, `settings`, `measurements` and `ratios`, as the JSON file holds them.
+        """Measure everything; returns what the JSON file holds.
 
-        Raises:
-            UserError: a process failed or took longer than the time limit.
+        That is `machine`, `settings`, `measurements`, `ratios`, and `failures`: a line for each process that failed or
+        took longer than the time limit. An hour's other measurements are not lost by it.
         """
         values: dict[tuple[str, str, str], list[float]] = {}
+        failures: list[str] = []
         with tempfile.TemporaryDirectory() as folder:
             self.folder = Path(folder)
             self.machine = self._measure([PYTHON, *LOOPS, "machine"])
@@ -91,7 +92,12 @@ class Benchmark:
                 cases: list[Case] = list(getattr(self, f"_{part}")())
                 runs = [(turn, *case) for case in cases for turn in range(len(case[-1]))]
                 for turn, name, units, commands in sorted(runs, key=itemgetter(0)):
-                    numbers = self._measure(commands[turn])
+                    try:
+                        numbers = self._measure(commands[turn])
+                    except UserError as error:
+                        failures.append(f"{part}: {name}: {error}")
+                        say(failures[-1])
+                        continue
                     for unit in units:
                         values.setdefault((part, name, unit), []).append(numbers[unit])
                     say(f"{part}: {name}: " + ", ".join(as_text(numbers[unit], unit) for unit in units))
@@ -101,7 +107,13 @@ class Benchmark:
         ]
         settings = {name: getattr(self, name) for name in ("dataset", "rounds", "steps", "seeds", "images")}
         ratios = compute_ratios(measurements, self.machine)
-        return {"machine": self.machine, "settings": settings, "measurements": measurements, "ratios": ratios}
+        return {
+            "machine": self.machine,
+            "settings": settings,
+            "measurements": measurements,
+            "ratios": ratios,
+            "failures": failures,
+        }
 
     # The parts: each yields the cases that take turns
 
@@ -163,11 +175,11 @@ class Benchmark:
 
     def _measure(self, command: Sequence[Any]) -> dict[str, Any]:
         """The numbers of a command, under their units."""
-        output, seconds = run_process([str(word) for word in command], self.time_limit)
         run = self.folder / "run"
+        shutil.rmtree(run, ignore_errors=True)  # a training does not start in a folder that holds a run
+        output, seconds = run_process([str(word) for word in command], self.time_limit)
         if run.exists():
             *epochs, final = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            shutil.rmtree(run)  # the next training would not start in a folder that holds a run
             times = [epoch["train_seconds"] for epoch in epochs]
             speed = statistics.fmean([epoch["images_per_second"] for epoch in epochs], weights=times)
             return {SPEED: speed, ACCURACY: final["test_accuracy"], "s training": sum(times), TIME: seconds}

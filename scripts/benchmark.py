@@ -32,6 +32,8 @@ def main() -> int:
         output.write_text(json.dumps(results, indent=2) + "\n")
     if figure:
         draw_benchmark(results, figure)
+    if results["failures"]:
+        raise UserError(f"{len(results['failures'])} processes failed: {'; '.join(results['failures'])}")
     return 0
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mnist_accel.benchmark import compute_ratios, draw_benchmark, run_process
+from mnist_accel import benchmark
+from mnist_accel.benchmark import Benchmark, compute_ratios, draw_benchmark, run_process
 from mnist_accel.cli import UserError
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
@@ -111,6 +112,21 @@ def test_a_process_that_hangs_is_killed_with_its_children(tmp_path: Path) -> Non
 def test_a_process_that_fails_is_told_in_one_line() -> None:
     with pytest.raises(UserError, match=r"status 3: no such thing$"):
         run_process([sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"], 30)
+
+
+def test_a_process_that_fails_costs_no_other_its_place_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_process(words: list[str], time_limit: float) -> tuple[str, float]:
+        if "--help" in words:
+            raise UserError("train.py --help failed with status 3")
+        return '{"operations_per_image": 1}', 2.0
+
+    monkeypatch.setattr(benchmark, "run_process", run_process)
+    said: list[str] = []
+    results = Benchmark(scripts=Path("scripts"), parts=["startup"], rounds=2).run(say=said.append)
+    values = {row["name"]: row["values"] for row in results["measurements"]}
+    assert values == {"import torch, accelerate": [2.0, 2.0], "train.py --max-steps 1": [2.0, 2.0]}
+    assert results["failures"] == ["startup: train.py --help: train.py --help failed with status 3"] * 2
+    assert results["failures"][0] in said
 
 
 @pytest.mark.parametrize(
