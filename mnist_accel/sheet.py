@@ -51,7 +51,7 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
             draw.rectangle((x - 2, y - 2, right + 1, y + IMAGE + LINE + NAME + 2), outline=WRONG, width=2)
         draw.text((x + 2, line), answer, fill=colour, font=font)
         draw.text((right, line), f"{file.confidence:.0%}", fill=FAINT, font=font, anchor="ra")
-        name, room = file.path.rpartition("/")[2], 2 * IMAGE + GAP - 4
+        name, room = file.path.rpartition("/")[2].replace("\n", " "), 2 * IMAGE + GAP - 4
         while draw.textlength(name, small) > room:
             name = "…" + name.removeprefix("…")[1:]  # the end of a name tells files of a camera apart
         draw.text((x + 2, line + LINE), name, fill=FAINT, font=small)

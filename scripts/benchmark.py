@@ -9,6 +9,8 @@ from pathlib import Path
 from mnist_accel.benchmark import Benchmark, as_table, draw_benchmark
 from mnist_accel.cli import CommandLine, UserError, run_script
 
+DRAWN = {"training", "accuracy"}  # the parts that the figure shows
+
 
 def main() -> int:
     parser = CommandLine(description=__doc__)
@@ -19,7 +21,7 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw training speeds and times to 99%%")
     options = vars(parser.parse_args())
     output, figure = options.pop("output"), options.pop("figure")
-    if figure and not {"training", "accuracy"} & set(options["parts"]):
+    if figure and not DRAWN & set(options["parts"]):
         raise UserError("--figure shows training and accuracy: measure at least one of these --parts")
 
     # So that the process that is being measured ends too, as after Ctrl-C.
@@ -30,7 +32,7 @@ def main() -> int:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=2) + "\n")
-    if figure:
+    if figure and DRAWN & {row["part"] for row in results["measurements"]}:
         draw_benchmark(results, figure)
     if results["failures"]:
         raise UserError(f"{len(results['failures'])} processes failed: {'; '.join(results['failures'])}")
