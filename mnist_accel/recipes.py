@@ -16,10 +16,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learning_rate": 0.015,
         "dropout": 0.0,
     },
-    # The highest accuracy on MNIST. Weight decay is what lets a network as large as this train for so long.
+    # The highest accuracy on MNIST.
     "accurate": {
         **_ONE_CYCLE,
-        "weight_decay": 0.1,
         "model": "wide_net",
         "epochs": 15,
         "batch_size": 128,
