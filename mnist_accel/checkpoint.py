@@ -80,11 +80,10 @@ class CheckpointWriter:
         target = self.folder / f"step_{step:08d}"
         unfinished = self.folder / f".unfinished-{target.name}"
         try:
-            if not self.folder.parent.is_dir():
-                raise FileNotFoundError(f"the run's folder {self.folder.parent} is gone")
+            self.folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
             for leftover in self.folder.glob(".*"):  # of a write or a removal that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            unfinished.mkdir()
             with open(unfinished / STATE_NAME, "wb") as file:
                 torch.save(content, file)
                 file.flush()

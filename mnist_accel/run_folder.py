@@ -147,6 +147,7 @@ class RunFolder:
         folder, staging = self.path / name, self.path / f".unfinished-{name}"
         with _user_error(folder):
             shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()  # without its parents: a run's folder that has gone is not made again
             save_model(model, staging, **facts)
             (staging / "README.md").write_text(model_card(model, facts))
             folder.mkdir(exist_ok=True)
@@ -167,7 +168,8 @@ class RunFolder:
             "confusion_matrix": figures.draw_confusion_matrix(result.confusion, names),
             "mistakes": figures.draw_mistakes(split.images, split.labels, result.probabilities, names),
         }
-        (self.path / "figures").mkdir(exist_ok=True)
+        with _user_error(self.path):
+            (self.path / "figures").mkdir(exist_ok=True)
         for name, picture in pictures.items():
             with _written_whole(self.path / "figures" / f"{name}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="PNG")

@@ -126,7 +126,7 @@ def test_a_failed_write_is_told_by_the_next_save(folder, monkeypatch):
 def test_the_folder_of_a_run_that_is_gone_is_not_made_again(folder):
     writer = CheckpointWriter(folder / "of a run that is gone", keep=1)
     writer.save(1, {"step": 1})
-    with pytest.raises(UserError, match="is gone"):
+    with pytest.raises(UserError, match="No such file"):
         writer.wait()
     assert not folder.exists()
 

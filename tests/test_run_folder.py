@@ -56,6 +56,12 @@ def test_a_run_goes_on_in_the_folder_that_it_is_resumed_from_unless_another_is_g
     assert choose_folder(TrainConfig()).parent == Path("runs")
 
 
+def test_weights_of_a_run_whose_folder_is_gone_do_not_make_it_again(tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        RunFolder(tmp_path / "gone").write_weights("best", build_model("mnist_net", list("0123456789")), {})
+    assert not (tmp_path / "gone").exists()
+
+
 def test_weights_that_cannot_be_written_are_one_line(tmp_path):
     (tmp_path / "best").write_text("a file where the folder should be")
     facts = {"dataset": "digits", "split": "test", "accuracy": 0.5, "loss": 1.0, "epoch": 1, "step": 1, "options": {}}
