@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,11 @@ class CheckpointWriter:
             for leftover in self.folder.glob(".*"):  # of a write or a removal that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             unfinished.mkdir()
+            # Into memory first: of a full disk torch.save says only "unexpected pos" in a C++ file.
+            serialized = BytesIO()
+            torch.save(content, serialized)
             with open(unfinished / STATE_NAME, "wb") as file:
-                torch.save(content, file)
+                file.write(serialized.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             flush_folder(unfinished)
@@ -93,10 +97,10 @@ class CheckpointWriter:
                 _remove(target)  # a run resumed from an older checkpoint comes by this step again
             unfinished.rename(target)
             flush_folder(self.folder)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(
-                f"checkpoint {target} cannot be written: {error}; earlier checkpoints are intact: make room or "
+                f"checkpoint {target} cannot be written: {error.strerror or error}; earlier checkpoints are intact: make room or "
                 "choose another --output-dir, then --resume"
             ) from error
         # Steps beyond this one belong to a course that was given up by resuming from before them; they are left alone.

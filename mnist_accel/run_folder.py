@@ -145,16 +145,18 @@ class RunFolder:
     def write_weights(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
         """`best/` or `final/`: safetensors, config.json and the model card, each replaced whole."""
         folder, staging = self.path / name, self.path / f".unfinished-{name}"
-        with _user_error(folder):
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()  # without its parents: a run's folder that has gone is not made again
-            save_model(model, staging, **facts)
-            (staging / "README.md").write_text(model_card(model, facts))
-            folder.mkdir(exist_ok=True)
-        for file in sorted(staging.iterdir(), reverse=True):
-            with _written_whole(folder / file.name) as temporary:
-                file.rename(temporary)
-        staging.rmdir()
+        shutil.rmtree(staging, ignore_errors=True)  # of a write that was killed
+        try:
+            with _user_error(folder):
+                staging.mkdir()  # without its parents: a run's folder that has gone is not made again
+                save_model(model, staging, **facts)
+                (staging / "README.md").write_text(model_card(model, facts))
+                folder.mkdir(exist_ok=True)
+            for file in sorted(staging.iterdir(), reverse=True):
+                with _written_whole(folder / file.name) as temporary:
+                    file.rename(temporary)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # on a full disk every byte counts
 
     def add_facts(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
         """Write `best/` or `final/`, which holds this network, once more, with more facts in config.json and card."""

@@ -54,7 +54,7 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_intact(small_da
         small_dataset, tmp_path, "--checkpoint-every", "4", fault=partial(_no_room_after, 3), processes=processes
     )
     assert statuses == [2] * processes, output
-    assert_one_error_line(output, "checkpoint", "cannot be written", "--resume")
+    assert_one_error_line(output, "checkpoint", "cannot be written: File too large", "--resume")
     complete = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert complete == ["step_00000004", "step_00000008"]
     for name in complete:

@@ -68,3 +68,4 @@ def test_weights_that_cannot_be_written_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"best cannot be written.*--output-dir") as error:
         RunFolder(tmp_path).write_weights("best", build_model("fast_net"), facts)
     assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
