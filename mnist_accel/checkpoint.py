@@ -100,8 +100,8 @@ class CheckpointWriter:
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(
-                f"checkpoint {target} cannot be written: {error.strerror or error}; earlier checkpoints are intact: make room or "
-                "choose another --output-dir, then --resume"
+                f"checkpoint {target} cannot be written: {error.strerror or error}; earlier checkpoints are intact: "
+                "make room or choose another --output-dir, then --resume"
             ) from error
         # Steps beyond this one belong to a course that was given up by resuming from before them; they are left alone.
         older = [path for path in complete_checkpoints(self.folder) if path.name <= target.name]

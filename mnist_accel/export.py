@@ -13,7 +13,7 @@ from torch import Tensor
 from mnist_accel import __version__
 from mnist_accel.cli import UserError
 from mnist_accel.models import DigitClassifier
-from mnist_accel.output import replacing
+from mnist_accel.output import new_file
 
 INPUT_DESCRIPTION = "float32 (N, 1, 28, 28) in 0..1, white ink on black, the ink's centre of mass centred as in MNIST"
 CHECKED_BATCH_SIZES = (1, 7, 64)
@@ -59,12 +59,8 @@ def export_model(model: DigitClassifier, file_format: str, output: Path) -> floa
             f"{output} was not written: its logits would differ from the model's by {difference:.2g}, and "
             f"{TOLERANCE:g} is too much; try another --format"
         )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    with new_file(output) as temporary:
+        temporary.write_bytes(content)
     return difference
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnist_accel.cli import UserError
 from mnist_accel.metrics import precision, recall
+from mnist_accel.output import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -194,11 +194,7 @@ def _render(figure: Figure, path: str | Path | None) -> np.ndarray:
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     if path is not None:
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write the picture {path}: {error}; give a file that ends in .png") from error
+        write_picture(Image.fromarray(pixels), Path(path))
     return pixels
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+from PIL import Image
 
 from mnist_accel.cli import UserError
 from mnist_accel.image_files import grouped
@@ -65,6 +66,26 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """As `replacing`, in a folder that is made where it is missing; what the user can mend is a `UserError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or give another name") from error
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format that its name ends in; raises `UserError` where there can be no such file."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"cannot write the picture {path}: its name should end in .png")
+    with new_file(path) as temporary:
+        picture.save(temporary, format=kind)
 
 
 def write_table(rows: Iterable[dict[str, Any]], output: str, columns: dict[str, type]) -> None:

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mnist_accel.cli import UserError
 from mnist_accel.image_files import Seen
-from mnist_accel.output import check_writable, replacing
+from mnist_accel.output import check_writable, write_picture
 
 # The sheet shows this many images, from the first: more would not be looked at.
 PICTURES = 200
@@ -55,8 +55,4 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
         while draw.textlength(name, small) > room:
             name = "…" + name.removeprefix("…")[1:]  # the end of a name tells files of a camera apart
         draw.text((x + 2, line + LINE), name, fill=FAINT, font=small)
-    try:
-        with replacing(path) as temporary:
-            sheet.save(temporary, format={".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    write_picture(sheet, path)

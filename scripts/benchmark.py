@@ -30,8 +30,10 @@ def main() -> int:
     results = benchmark.run(say=lambda line: print(line, flush=True))
     print("\n" + as_table(results))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=2) + "\n")
+        from mnist_accel.output import new_file
+
+        with new_file(output) as temporary:
+            temporary.write_text(json.dumps(results, indent=2) + "\n")
     if figure and DRAWN & {row["part"] for row in results["measurements"]}:
         draw_benchmark(results, figure)
     if results["failures"]:

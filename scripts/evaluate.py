@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mnist_accel.cli import MODEL_HELP, POSITIVE, CommandLine, UserError, is_first_rank, run_script
+from mnist_accel.cli import MODEL_HELP, POSITIVE, CommandLine, is_first_rank, run_script
 
 
 def main() -> int:
@@ -22,6 +22,7 @@ def main() -> int:
     from mnist_accel.evaluation import evaluate, load_for_evaluation
     from mnist_accel.figures import draw_confusion_matrix, draw_mistakes
     from mnist_accel.models import count_parameters
+    from mnist_accel.output import new_file
 
     device = PartialState().device
     if not is_first_rank():
@@ -42,11 +43,8 @@ def main() -> int:
     if options.output:
         measures = {"models": described, "dataset": options.dataset, "fingerprint": data.fingerprint}
         measures |= {"split": options.split, **result.as_json()}
-        try:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(measures, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {options.output}: {error.strerror or error}") from error
+        with new_file(options.output) as temporary:
+            temporary.write_text(json.dumps(measures, indent=2) + "\n")
     if options.mistakes:
         draw_mistakes(split.images, split.labels, result.probabilities, data.class_names, options.mistakes)
     if options.confusion:
