@@ -23,9 +23,10 @@ from typing import Any
 
 import psutil
 
-from mnist_accel.cli import POSITIVE, UserError
+from mnist_accel.cli import COUNT, POSITIVE, UserError, number
 from mnist_accel.config import option
 
+DRAWN = {"training", "accuracy"}  # the parts that `draw_benchmark` shows
 PARTS = ("training", "kernels", "accuracy", "prediction", "scaling", "startup")
 PRECISIONS = ("fp32", "bf16")
 TARGET = 0.99
@@ -40,10 +41,7 @@ Case = tuple[str, Sequence[str], Sequence[list[Any]]]
 
 
 def _counts(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers, such as 0,2") from error
+    return [COUNT(part) for part in text.split(",")]
 
 
 def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -73,7 +71,7 @@ class Benchmark:
     steps: int = option(300, "optimizer steps of a training measurement", type=POSITIVE)
     seeds: int = option(5, "trainings of the recipe fast", type=POSITIVE)
     images: int = option(10_000, "files to predict", type=POSITIVE)
-    time_limit: float = option(3600, "seconds after which a process is killed", type=float)
+    time_limit: float = option(3600, "seconds after which a process is killed", type=number(float, 0))
     machine: dict[str, Any] = field(init=False)  # of `benchmark_loops.machine`
     folder: Path = field(init=False)  # for what the processes write; removed at the end
 

@@ -74,9 +74,8 @@ class Trainer:
         checkpoint = self._open_folder()
         self.state = TrainState(**checkpoint["state"]) if checkpoint else TrainState()
         # Each rank sums the loss of its own images; a checkpoint holds the sum over ranks, so one rank takes it.
-        loss_sum = self.state.loss_sum if self.is_main else 0.0
         precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self.loss_sum = torch.tensor(loss_sum, dtype=precision, device=device)
+        self.loss_sum = torch.tensor(self.state.loss_sum if self.is_main else 0.0, dtype=precision, device=device)
         if checkpoint:
             self._restore(checkpoint)
         self.total_steps = config.epochs * self.loader.steps_per_epoch
@@ -122,19 +121,20 @@ class Trainer:
                             self.optimizer.step()
                             self.optimizer.zero_grad()
                     state.step += 1
+                    epoch_ends = state.step % loader.steps_per_epoch == 0
                     if self.average is not None:
                         self.average.update(self.network, state.step)
                     self.reporter.advance(batch.size)
-                    if state.step % config.log_every == 0 or state.step % loader.steps_per_epoch == 0:
+                    if epoch_ends or state.step % config.log_every == 0:
                         self._log_progress(epoch, rate)
                     stopping = state.step == self.last_step or stop_signal
                     # At the end of an epoch the evaluation comes first, so that a checkpoint there includes it.
-                    if (stopping or self._checkpoint_is_due()) and state.step % loader.steps_per_epoch:
+                    if (stopping or self._checkpoint_is_due()) and not epoch_ends:
                         self._save_checkpoint()
                     if stopping:
                         break
                 self.reporter.end_epoch()
-                if state.step % loader.steps_per_epoch == 0:
+                if epoch_ends:
                     self._end_epoch()
         return self._stop(stop_signal) if stop_signal and state.step < self.last_step else self._finish()
 

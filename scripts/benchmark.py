@@ -6,10 +6,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from mnist_accel.benchmark import Benchmark, as_table, draw_benchmark
+from mnist_accel.benchmark import DRAWN, Benchmark, as_table, draw_benchmark
 from mnist_accel.cli import CommandLine, UserError, run_script
-
-DRAWN = {"training", "accuracy"}  # the parts that the figure shows
 
 
 def main() -> int:
