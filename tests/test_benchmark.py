@@ -29,12 +29,13 @@ def accuracies(fast: float, example: float) -> list[dict]:
     ]
 
 
+@pytest.mark.timeout(420)  # on a machine with other work, where threads that spin wait for each other
 def test_the_smallest_run_prints_its_ratios_and_writes_json_and_a_figure(small_dataset: Path, tmp_path: Path) -> None:
     output, figure = tmp_path / "numbers.json", tmp_path / "figure.png"
     command = [sys.executable, SCRIPT, "--dataset", small_dataset, "--output", output, "--figure", figure]
-    command += ["--parts", "training,startup", "--precisions", "fp32", "--workers", 0, "--time-limit", 150]
+    command += ["--parts", "training,startup", "--precisions", "fp32", "--workers", 0, "--time-limit", 350]
     command += ["--rounds", 1, "--steps", 2]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     measured = {row["name"]: row["median"] for row in results["measurements"]}
