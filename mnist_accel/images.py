@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
-from mnist_accel.ink import Grey, box_of, find_digit, fitted, reduced
+from mnist_accel.ink import Grey, Sheet, box_of, find_digit, fitted, reduced, sheet_of_paper
 
 SIDE, BOX = 28, 20
 with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed
@@ -160,7 +160,7 @@ def to_mnist(pixels: np.ndarray) -> np.ndarray:
     made_so = _already_mnist(pixels)
     if made_so is not None:
         return made_so
-    strength = _find(_one_channel(_over_paper(reduced(pixels, READ_SIDE))))
+    strength = _find(_over_paper(reduced(pixels, READ_SIDE)))
     return np.zeros((SIDE, SIDE), np.uint8) if strength is None else _set_in_box(strength)
 
 
@@ -235,8 +235,12 @@ def _one_channel(values: np.ndarray) -> Grey:
     return np.clip(values @ (mix / total).astype(np.float32) - np.float32(np.minimum(mix, 0).sum() / total), 0, 1)
 
 
-def _find(grey: Grey) -> Grey | None:
-    """The digit's ink, looked for at a working size; a digit small in its image is looked at again, closer."""
+def _find(values: np.ndarray) -> Grey | None:
+    """The digit's ink in (H, W, 1 or 3) float32, looked for at a working size.
+
+    A digit small in its image is looked at again, closer, and a sheet of paper on a desk is looked at alone.
+    """
+    grey = _one_channel(values)
     # Below 40 pixels there is no room for a line beside the digit: such images are the size-normalised crops of
     # archives (USPS, Semeion, optdigits). Nor is there in a crop less than 0.6 as wide as it is high.
     tight = min(grey.shape) <= max(40, 0.6 * max(grey.shape))
@@ -244,6 +248,10 @@ def _find(grey: Grey) -> Grey | None:
     if strength is None:
         return None
     scale = max(grey.shape) / max(strength.shape)
+    if not tight and (sheet := sheet_of_paper((strength > 0.5).astype(np.uint8))):
+        on_sheet = _find(_upright(values, sheet, scale))
+        if on_sheet is not None:
+            return on_sheet
     box = box_of(strength > 0.5)
     longest = max(strength[box].shape)
     if longest >= SMALL_SIDE // 2 or scale <= 1.5:
@@ -254,6 +262,22 @@ def _find(grey: Grey) -> Grey | None:
     )
     closer = _find_at_working_size(grey[rows, columns], False)
     return strength if closer is None else closer
+
+
+def _upright(values: np.ndarray, sheet: Sheet, scale: float) -> np.ndarray:
+    """What lies within a sheet of paper, which is given at 1/`scale` of the size of (H, W, C), with its sides level."""
+    (x, y), (width, height), degrees = np.multiply(sheet[0], scale), np.multiply(sheet[1], scale), sheet[2]
+    quarters = round(degrees / 90)  # OpenCV's versions differ in which side they call the width
+    if quarters % 2:
+        width, height = height, width
+    turn = cv2.getRotationMatrix2D((float(x), float(y)), degrees - 90 * quarters, 1.0)
+    turned = cv2.warpAffine(values, turn, values.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+    # A little less than all: what lies under the sheet must not show at its edges.
+    rows, columns = (
+        slice(max(0, int(middle - 0.46 * extent)), int(middle + 0.46 * extent) + 1)
+        for middle, extent in ((y, height), (x, width))
+    )
+    return turned[rows, columns].reshape(len(turned[rows]), -1, values.shape[2])
 
 
 def _find_at_working_size(grey: Grey, tight: bool) -> Grey | None:

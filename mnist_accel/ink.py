@@ -1,11 +1,15 @@
 """Tell the ink of one digit from paper, shadows, ruled lines, frames, specks and the neighbours' strokes."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 
 # (H, W) float32 in 0..1, and (H, W) uint8 of 0 and 1: `mask & ~other` is the mask without the other.
 Grey = np.ndarray
 Mask = np.ndarray
+# A rotated rectangle as OpenCV has it: its middle and its size, x and y in pixels, and its angle in degrees.
+Sheet = tuple[Sequence[float], Sequence[float], float]
 
 # The pen's width as a share of the digit's longest side: three of four MNIST digits are written with a wider one.
 MIN_PEN = 0.09
@@ -193,6 +197,27 @@ def _is_shading(strength: Grey, part: Mask) -> bool:
     distance = cv2.distanceTransform(1 - part, cv2.DIST_L2, 3)
     around = strength[(distance > side / 60) & (distance <= side / 25)]
     return bool(around.size and np.median(around) > strength[part > 0].mean() / 6)
+
+
+def sheet_of_paper(found: Mask) -> Sheet | None:
+    """The sheet with strokes on it, lying on something of another brightness, that was found instead of a digit.
+
+    That is a rectangle with holes much narrower than what is left of it beside them: the counters of a bold zero or
+    eight are not. None where nothing of the kind was found.
+    """
+    outlines = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    outline = max(outlines, key=cv2.contourArea)
+    middle, size, degrees = cv2.minAreaRect(outline)
+    if min(size) < 0.2 * max(found.shape) or cv2.contourArea(outline) < 0.85 * size[0] * size[1]:
+        return None
+    sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
+    holes = sheet & ~found
+    blank, stroke = (
+        float(cv2.distanceTransform(cv2.copyMakeBorder(part, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 3).max())
+        for part in (sheet & found, holes)
+    )
+    is_written_on = holes.sum() > 0.002 * sheet.sum() and stroke < 0.6 * blank
+    return (middle, size, degrees) if is_written_on and blank > 0.1 * min(size) else None
 
 
 # --- lines and frames ------------------------------------------------------------------------------------------------

@@ -89,6 +89,16 @@ def with_specks(ink: np.ndarray) -> np.ndarray:
     return speckled
 
 
+def on_a_desk(sheet: np.ndarray, degrees: float, share: float) -> np.ndarray:
+    """A sheet, askew, on a desk of streaky wood whose side it is this share of."""
+    side = round(len(sheet) / share)
+    wood = np.array([120, 85, 55]) + 12 * np.sin(np.arange(side) / 5)[:, None, None]
+    desk = np.rint(np.broadcast_to(wood, (side, side, 3))).astype(np.uint8)
+    turn = cv2.getRotationMatrix2D((len(sheet) / 2, len(sheet) / 2), degrees, 1.0)
+    turn[:, 2] += 0.45 * (side - len(sheet))
+    return cv2.warpAffine(sheet, turn, (side, side), desk.copy(), borderMode=cv2.BORDER_TRANSPARENT)
+
+
 VARIANTS = {
     "light on dark": lambda d: 255 - paint(draw(d)),
     "large": lambda d: paint(draw(d, 900, 1600)),
@@ -108,6 +118,9 @@ VARIANTS = {
     "ruled paper": lambda d: paint(level_line(draw(d), 0.42, 0.015, 0.5)),
     "a neighbour cut at the edge": lambda d: paint(with_neighbour(draw(d))),
     "specks": lambda d: paint(with_specks(draw(d))),
+    "a sheet on a desk": lambda d: on_a_desk(paint(draw(d), (170, 40, 40)), 7, 0.5),
+    "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.3),
+    "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
     "thin strokes": lambda d: paint(draw(d, pen=0.005)),
 }  # fmt: skip
 
@@ -118,6 +131,14 @@ def test_the_same_digit_is_found(name):
         alike = {other: likeness(to_mnist(VARIANTS[name](digit)), reference(other)) for other in DIGITS}
         assert alike[digit] > 0.7, f"{digit}: {alike}"
         assert max(alike, key=lambda other: alike[other]) == digit, f"{digit}: {alike}"
+
+
+def test_a_bold_zero_is_no_sheet_of_paper():
+    ink = np.zeros((200, 200), np.float32)
+    ink[40:160, 60:140] = 1
+    ink[70:130, 88:112] = 0
+    result = to_mnist(paint(ink))
+    assert result[14, 14] == 0 and result[14, 10] == 255 and result[6, 14] == 255
 
 
 def test_all_parts_of_a_broken_digit_are_kept():
