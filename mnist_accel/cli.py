@@ -1,11 +1,13 @@
 """What every script shares: option parsing, one-line errors and exit statuses. Imports nothing heavy."""
 
 import argparse
+import atexit
 import difflib
 import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -108,4 +110,19 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+    if distributed is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _end_without_interpreter(status)
     sys.exit(status)
+
+
+def _end_without_interpreter(status: int) -> NoReturn:
+    """End as multiprocessing's children do.
+
+    A thread that exchanged gradients can outlive the process group; where it meets the interpreter being taken down,
+    it aborts a process whose work was done, and the launcher reports a failure.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # the checkpoint under way is written to its end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
