@@ -202,22 +202,26 @@ def _is_shading(strength: Grey, part: Mask) -> bool:
 def sheet_of_paper(found: Mask) -> Sheet | None:
     """The sheet with strokes on it, lying on something of another brightness, that was found instead of a digit.
 
-    That is a rectangle with holes much narrower than what is left of it beside them: the counters of a bold zero or
-    eight are not. None where nothing of the kind was found.
+    That is a rectangle, seen a little aslant perhaps, with holes much narrower than what is left of it beside them: the
+    counters of a bold zero or eight are not. None where nothing of the kind was found.
     """
     outlines = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     outline = max(outlines, key=cv2.contourArea)
+    hull = cv2.convexHull(outline)
+    corners = cv2.approxPolyDP(hull, 0.04 * cv2.arcLength(hull, True), True)
     middle, size, degrees = cv2.minAreaRect(outline)
-    if min(size) < 0.2 * max(found.shape) or cv2.contourArea(outline) < 0.85 * size[0] * size[1]:
+    area = cv2.contourArea(outline)
+    if len(corners) != 4 or min(size) < 0.1 * max(found.shape) or area < 0.8 * size[0] * size[1]:
         return None
     sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
-    holes = sheet & ~found
+    holes = _Parts(sheet & ~found)
+    if holes.count < 2 or holes.size[1:].max() < 0.1 * min(size):
+        return None
     blank, stroke = (
         float(cv2.distanceTransform(cv2.copyMakeBorder(part, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 3).max())
-        for part in (sheet & found, holes)
+        for part in (sheet & found, sheet & ~found)
     )
-    is_written_on = holes.sum() > 0.002 * sheet.sum() and stroke < 0.6 * blank
-    return (middle, size, degrees) if is_written_on and blank > 0.1 * min(size) else None
+    return (middle, size, degrees) if blank > 0.1 * min(size) and stroke < 0.6 * blank else None
 
 
 # --- lines and frames ------------------------------------------------------------------------------------------------

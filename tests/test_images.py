@@ -119,7 +119,7 @@ VARIANTS = {
     "a neighbour cut at the edge": lambda d: paint(with_neighbour(draw(d))),
     "specks": lambda d: paint(with_specks(draw(d))),
     "a sheet on a desk": lambda d: on_a_desk(paint(draw(d), (170, 40, 40)), 7, 0.5),
-    "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.3),
+    "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
     "thin strokes": lambda d: paint(draw(d, pen=0.005)),
 }  # fmt: skip
