@@ -214,13 +214,11 @@ def sheet_of_paper(found: Mask) -> Sheet | None:
     if len(corners) != 4 or min(size) < 0.1 * max(found.shape) or area < 0.8 * size[0] * size[1]:
         return None
     sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
-    holes = _Parts(sheet & ~found)
+    strokes = sheet & ~found
+    holes = _Parts(strokes)
     if holes.count < 2 or holes.size[1:].max() < 0.1 * min(size):
         return None
-    blank, stroke = (
-        float(cv2.distanceTransform(cv2.copyMakeBorder(part, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 3).max())
-        for part in (sheet & found, sheet & ~found)
-    )
+    blank, stroke = (float(_distance_to_paper(part).max()) for part in (sheet & found, strokes))
     return (middle, size, degrees) if blank > 0.1 * min(size) and stroke < 0.6 * blank else None
 
 
@@ -291,9 +289,14 @@ def _level_lines(mask: Mask) -> list[Mask]:
     return [line for line in lines if line.any()]
 
 
+def _distance_to_paper(mask: Mask) -> np.ndarray:
+    """Each pixel's distance from what is not in the mask, outside of the image too; with a margin of one pixel."""
+    return cv2.distanceTransform(cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 3)
+
+
 def _stroke_width(mask: Mask) -> float:
     """The typical width of a mask's strokes in pixels: twice the median distance of their middles from the paper."""
-    distance = cv2.distanceTransform(cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 3)
+    distance = _distance_to_paper(mask)
     middle = distance[(distance > 0) & (distance >= _grown(distance, 3))]
     return 2 * float(np.median(middle)) - 1 if middle.size else 0.0
 

@@ -104,7 +104,8 @@ def test_a_failed_write_leaves_nothing_under_a_complete_name_and_the_earlier_one
 
     monkeypatch.setattr(os, "fsync", fail)
     writer.save(2, {"step": 2})
-    with pytest.raises(UserError, match=r"step_00000002 cannot be written: No space left.*earlier .* are intact"):
+    told = r"step_00000002 cannot be written: No space left.*earlier checkpoints are intact"
+    with pytest.raises(UserError, match=told):
         writer.wait()
     assert names(folder) == ["step_00000001"]
     assert read_checkpoint(folder / "step_00000001")["step"] == 1
