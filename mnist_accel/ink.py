@@ -87,8 +87,9 @@ class _Parts:
         self.end = self.start + self.size
 
     def at_edge(self) -> np.ndarray:
-        """Which parts reach an edge of the image."""
-        return ((self.start == 0) | (self.end == self.labels.shape[::-1])).any(1)
+        """Which parts, the rest aside, reach an edge of the image."""
+        reach = ((self.start == 0) | (self.end == self.labels.shape[::-1])).any(1)
+        return reach & (np.arange(self.count) > 0)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """The sum of (H, W) values over each part."""
@@ -107,9 +108,11 @@ class _Parts:
 def _is_dark_ink(smooth: Grey, tight: bool) -> bool:
     """Whether the ink is darker than the paper."""
     # Of the two candidates for paper - the image with all dark, or with all light strokes filled in - the true one is
-    # smooth, whatever the shadows: filling in the paper between strokes leaves the digit's outline.
+    # smooth, whatever the shadows: filling in the paper between strokes leaves the digit's outline. Logarithms give ink
+    # in a shadow more of the contrast that it has in the light.
     small = fitted(smooth, 64, at_least=3)
-    roughness = _roughness(small) - _roughness(1 - small)
+    light = small if tight else np.log2(1 + small)
+    roughness = _roughness(light) - _roughness(1 - light)
     if not tight:
         return roughness < 0
     # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
@@ -127,11 +130,13 @@ def _otsu(smooth: Grey) -> float:
 
 
 def _paper(smooth: Grey) -> Grey:
-    """The image with all that is dark and narrower than a third of it filled in from around (a grey closing)."""
-    # Strokes are at most a fifth of a digit, those of a felt pen a little more.
+    """The image with all that is dark and narrower than a third of it, as any pen's stroke is, filled in."""
     reach = int(0.35 * max(smooth.shape)) | 1
     closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
-    return cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
+    even = cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
+    # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
+    dark = _Parts((closed < 0.9 * even).astype(np.uint8))
+    return np.where(dark.at_edge()[dark.labels], closed, even)
 
 
 def _roughness(smooth: Grey) -> float:
@@ -143,8 +148,7 @@ def _roughness(smooth: Grey) -> float:
     if highest <= 0:
         return 6.0
     typical = float(np.median(contrast[contrast > 0.3 * highest]))
-    slope_y, slope_x = np.gradient(paper)
-    return min(float(np.hypot(slope_x, slope_y).mean()) * max(smooth.shape) / typical / 3, 2.0)
+    return min(float(np.hypot(*np.gradient(paper)).mean()) * max(smooth.shape) / typical / 3, 2.0)
 
 
 def _ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
@@ -234,7 +238,6 @@ def _foreign_parts(mask: Mask) -> Mask:
     depth_y, depth_x = round(0.15 * height), round(0.15 * width)
     border[depth_y : height - depth_y, depth_x : width - depth_x] = 0
     foreign = parts.at_edge() & (parts.sums(border) / parts.area > 0.85)
-    foreign[0] = False
     for part in 1 + np.flatnonzero((parts.size[1:] > (0.5 * width, 0.5 * height)).all(1)):
         shape = parts.mask(part)
         foreign[part] |= _is_frame(shape[box_of(shape)])

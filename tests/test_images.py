@@ -58,6 +58,15 @@ def smooth_shadow(pixels: np.ndarray) -> np.ndarray:
     )
 
 
+def sharp_shadow(pixels: np.ndarray, degrees: float) -> np.ndarray:
+    """Beyond a slanting line through the middle, two fifths of the light are left."""
+    y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]] - len(pixels) / 2
+    beyond = x * np.cos(np.radians(degrees)) + y * np.sin(np.radians(degrees)) > 0
+    return np.rint(pixels * np.where(cv2.GaussianBlur(beyond * 1.0, (0, 0), 1) > 0.5, 0.4, 1.0)[..., None]).astype(
+        np.uint8
+    )
+
+
 def noise(pixels: np.ndarray, sigma: float) -> np.ndarray:
     return np.clip(pixels + np.random.default_rng(0).normal(0, sigma, pixels.shape), 0, 255).astype(np.uint8)
 
@@ -109,6 +118,8 @@ VARIANTS = {
     "low contrast": lambda d: noise(paint(draw(d), (150, 150, 150), (175, 175, 175)), 3),
     "noise": lambda d: noise(paint(draw(d)), 15),
     "shadow": lambda d: smooth_shadow(paint(draw(d))),
+    "a sharp, deep shadow across the digit": lambda d: noise(sharp_shadow(paint(draw(d)), 40), 4),
+    "a shadow's edge along a stem": lambda d: noise(sharp_shadow(paint(draw(d)), 175), 4),
     "red ink on green as bright": lambda d: paint(draw(d), (200, 100, 100), (100, 150, 107)),
     "a frame on the edge": lambda d: paint(frame(draw(d), 0.0, 0.03)),
     "a frame inside, light on dark": lambda d: 255 - paint(frame(draw(d), 0.08, 0.02)),
