@@ -1,6 +1,7 @@
 """Optimizers, and the learning rate as a pure function of the step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,18 +11,18 @@ from mnist_accel.config import TrainConfig
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer that `config` names, in its fused form; weight decay applies to matrices and kernels only."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if config.weight_decay:  # only then: each group costs a step one more kernel
+        decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain}]
+    rate = config.learning_rate
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True, fused=True)
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True)
     assert config.optimizer == "adam", config.optimizer
-    return torch.optim.Adam(groups, lr=config.learning_rate, fused=True)
+    return torch.optim.Adam(groups, lr=rate, fused=True)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:

@@ -93,12 +93,20 @@ def test_weight_decay_applies_to_matrices_and_kernels_only(name, kind):
     assert all(group["lr"] == 0.2 for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_without_weight_decay_nothing_decays_and_one_kernel_does_it_all(name):
+    model = build_model("mnist_net")
+    (group,) = build_optimizer(model, TrainConfig(optimizer=name)).param_groups
+    assert group["weight_decay"] == 0.0 and group["fused"]
+    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
+
+
 def test_sgd_has_nesterov_momentum():
     optimizer = build_optimizer(build_model("mnist_net"), TrainConfig(optimizer="sgd"))
     assert all(group["momentum"] == 0.9 and group["nesterov"] for group in optimizer.param_groups)
 
 
 def test_setting_the_rate_reaches_every_group():
-    optimizer = build_optimizer(build_model("mnist_net"), TrainConfig())
+    optimizer = build_optimizer(build_model("mnist_net"), TrainConfig(weight_decay=0.1))
     set_learning_rate(optimizer, 0.125)
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
