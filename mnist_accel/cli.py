@@ -3,12 +3,14 @@
 import argparse
 import atexit
 import difflib
+import gc
 import math
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 MODEL_HELP = (
@@ -87,6 +89,17 @@ class CommandLine(argparse.ArgumentParser):
             elif similar := difflib.get_close_matches(option, self._option_string_actions, 1):
                 way_on = f"did you mean {similar[0]}? Else {way_on}"
         raise UserError(f"{message}; {way_on}")
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports, which make a million objects that stay: Python's collector would look at them again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def is_first_rank() -> bool:

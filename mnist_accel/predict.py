@@ -1,6 +1,5 @@
 """A folder of images -> a stream of rows, one per file in the order of paths -> a file."""
 
-import gc
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from mnist_accel.cli import UserError
+from mnist_accel.cli import UserError, importing
 from mnist_accel.image_files import Readers, Seen, find_images, grouped, in_order, readable, usable_cores
 from mnist_accel.output import check_output, write_table
 from mnist_accel.summary import Summary, label_of
@@ -70,14 +69,11 @@ def predict_folder(
     with Readers(folder, workers, as_is) as readers, ThreadPoolExecutor(workers) as pool:
         # Importing torch takes longer than reading 10,000 digits, and a process alone knows by now what to read.
         files = read(paths)
-        gc.disable()  # imports make a million objects that stay: the collector would look at them again and again
-        from accelerate.utils import broadcast_object_list
+        with importing():
+            from accelerate.utils import broadcast_object_list
 
-        from mnist_accel.distributed import build_accelerator, together
-        from mnist_accel.models import SHIPPED, load_model
-
-        gc.freeze()
-        gc.enable()
+            from mnist_accel.distributed import build_accelerator, together
+            from mnist_accel.models import SHIPPED, load_model
         accelerator = build_accelerator()
         with together(accelerator):
             if accelerator.is_main_process and not alone:

@@ -1,5 +1,6 @@
-"""What training asks of the operating system at each step: neither memory nor files."""
+"""What training asks of the operating system at each step, neither memory nor files, and of Python at its start."""
 
+import gc
 import importlib.util
 import platform
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from mnist_accel.cli import importing
 from mnist_accel.distributed import build_accelerator
 
 # Page faults of a usual step (the median: now and then one faults anyway) on tensors larger than 32 MB, which glibc never keeps of itself.
@@ -50,3 +52,11 @@ def test_a_step_searches_for_no_package(monkeypatch: pytest.MonkeyPatch):
     )
     optimizer.step()
     assert weight.item() == -2 and not searches
+
+
+def test_the_collector_rests_while_importing_and_works_again_after_an_error():
+    with pytest.raises(ImportError), importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    gc.unfreeze()
