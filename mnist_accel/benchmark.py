@@ -296,7 +296,7 @@ def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
     """
     import numpy as np
 
-    from mnist_accel.figures import BLUE, GREY, VERMILION, _figure, _render
+    from mnist_accel.figures import BLUE, GREY, VERMILION, render_figure, styled_figure
 
     colour = {"this project": BLUE, "recipe fast": BLUE, "raw PyTorch": GREY}
     panels = []
@@ -308,7 +308,7 @@ def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
         if rows := [row for row in rows if row["name"].endswith(ending)]:
             panels.append((title, unit, ending, rows))
     heights = [len(rows) + 1.2 for *_, rows in panels]
-    with _figure(8.4, 0.3 * sum(heights) + 0.6) as figure:
+    with styled_figure(8.4, 0.3 * sum(heights) + 0.6) as figure:
         all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
         for axes, (title, unit, ending, rows) in zip(all_axes, panels, strict=True):
             names = [row["name"].removesuffix(ending) for row in rows]
@@ -325,4 +325,4 @@ def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
         machine = results["machine"]
         device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
         figure.supxlabel(f"{device}, {machine['threads']} threads, torch {machine['torch']}", size=9, color=GREY)
-        _render(figure, path)
+        render_figure(figure, path)

@@ -48,7 +48,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path | None = None) -> np.ndar
     rows = [row for row in rows if not row.get("final")]
     names = ("epoch", "train_loss", "eval_loss", "eval_accuracy", "learning_rate")
     epochs, train_loss, eval_loss, accuracy, rates = (np.array([row.get(n) for row in rows], float) for n in names)
-    with _figure(8.4, 5.0) as figure:
+    with styled_figure(8.4, 5.0) as figure:
         axes = figure.subplot_mosaic([["loss", "accuracy"], ["rate", "rate"]], height_ratios=[3, 1.1])
         loss, score, rate = axes["loss"], axes["accuracy"], axes["rate"]
         loss.plot(epochs, train_loss, "o-", color=BLUE, markersize=4, label="training")
@@ -74,7 +74,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path | None = None) -> np.ndar
         rate.set_ylim(bottom=0)
         for axis in axes.values():
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        return _render(figure, path)
+        return render_figure(figure, path)
 
 
 def draw_confusion_matrix(confusion: Tensor, class_names: list[str], path: Path | None = None) -> np.ndarray:
@@ -94,7 +94,7 @@ def draw_confusion_matrix(confusion: Tensor, class_names: list[str], path: Path 
     size = 10 if classes <= 12 else 8
     names = [_shortened(name) for name in class_names]
     slanted: Any = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 4 else {}
-    with _figure(side, side) as figure:
+    with styled_figure(side, side) as figure:
         axes = figure.subplots()
         for colours, cells in (("Blues", diagonal), ("Oranges", ~diagonal & (counts > 0))):
             axes.imshow(np.ma.masked_where(~cells, shades), cmap=colours, vmin=0, vmax=1)
@@ -114,7 +114,7 @@ def draw_confusion_matrix(confusion: Tensor, class_names: list[str], path: Path 
             axis.tick_params(length=0)
             axis.grid(False)
             axis.spines[:].set_visible(False)
-        return _render(figure, path)
+        return render_figure(figure, path)
 
 
 def draw_mistakes(
@@ -157,7 +157,7 @@ def draw_samples(
     # Measured in pixels of the images, each of which stands at the top of a cell with its caption below.
     width, height = columns * 38, max(0.2, math.ceil(len(answers) / columns)) * 44
     inches = 8.4 / (6 * 38)
-    with _figure(width * inches, height * inches + 0.45) as figure:
+    with styled_figure(width * inches, height * inches + 0.45) as figure:
         axes = figure.subplots()
         axes.set_axis_off()
         axes.set_title(title, x=0.02)
@@ -173,11 +173,11 @@ def draw_samples(
             axes.text(y=top + 37, s=caption, color="black", size=8, **middle)
         # Last, as imshow narrows the view to the image that it draws.
         axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-        return _render(figure, path)
+        return render_figure(figure, path)
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def styled_figure(width: float, height: float) -> Iterator[Figure]:
     """A figure of this size in inches, in the style of this module until the block ends."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -186,7 +186,8 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
-def _render(figure: Figure, path: str | Path | None) -> np.ndarray:
+def render_figure(figure: Figure, path: str | Path | None) -> np.ndarray:
+    """A figure's pixels, as every function here returns and writes them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

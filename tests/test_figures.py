@@ -26,8 +26,8 @@ ROWS = [
 def figure(monkeypatch):
     """A function that calls another and returns the matplotlib figure that it made."""
     made = []
-    render = figures._render
-    monkeypatch.setattr(figures, "_render", lambda figure, path: made.append(figure) or render(figure, path))
+    render = figures.render_figure
+    monkeypatch.setattr(figures, "render_figure", lambda figure, path: made.append(figure) or render(figure, path))
 
     def capture(draw, *arguments, **options):
         draw(*arguments, **options)
