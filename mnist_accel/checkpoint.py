@@ -40,6 +40,10 @@ class TrainState:
         self.epochs_without_improvement = len(scores) - 1 - scores.index(max(scores))
         return is_best
 
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether `patience` epochs in a row (None: any number) have brought nothing better."""
+        return patience is not None and self.epochs_without_improvement >= patience
+
 
 def flush_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a loss of power."""

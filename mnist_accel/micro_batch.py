@@ -1,4 +1,4 @@
-"""Finding, together with all ranks, a micro-batch that fits into memory."""
+"""Micro-batches: finding, together with all ranks, a size that fits into memory; room for their gradients."""
 
 import gc
 
@@ -55,3 +55,13 @@ def _fits(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Te
         gc.collect()
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def allocate_gradients(model: nn.Module) -> None:
+    """Give every parameter a gradient tensor, of zeros, that the gradients of all micro-batches are added to.
+
+    Otherwise autograd keeps the tensor in which the first one arrives. From a CUDA graph (torch.compile's
+    reduce-overhead) that is the graph's own memory, and the next micro-batch writes over it (PyTorch issue 169545).
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)

@@ -20,7 +20,7 @@ from mnist_accel.distributed import StopSignals, agree, build_accelerator, choos
 from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
 from mnist_accel.hub import upload_folder
 from mnist_accel.loader import ResidentLoader, hold_out, label_targets
-from mnist_accel.micro_batch import halvings_to_fit
+from mnist_accel.micro_batch import allocate_gradients, halvings_to_fit
 from mnist_accel.models import DigitClassifier, build_model, load_model
 from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
 from mnist_accel.reporting import Reporter
@@ -96,9 +96,12 @@ class Trainer:
         # is divided by the images in the global batch, and what `backward` (by micro-batches) and DDP (by processes)
         # divide by is multiplied back in.
         gradient_scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
-        stop_signal = 0
+        accumulates = accelerator.gradient_accumulation_steps > 1
+        if accumulates:
+            allocate_gradients(self.network)
+        stop_signal, patience = 0, config.early_stopping_patience
         with StopSignals() as signals:
-            while state.step < self.last_step and not self._out_of_patience() and not stop_signal:
+            while state.step < self.last_step and not state.out_of_patience(patience) and not stop_signal:
                 epoch, first_step = divmod(state.step, loader.steps_per_epoch)
                 self.reporter.start_epoch(epoch, first_step * config.batch_size, loader.num_images)
                 self.model.train()
@@ -119,7 +122,7 @@ class Trainer:
                                 if config.max_grad_norm is not None:
                                     accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
                             self.optimizer.step()
-                            self.optimizer.zero_grad()
+                            self.optimizer.zero_grad(set_to_none=not accumulates)
                     state.step += 1
                     epoch_ends = state.step % loader.steps_per_epoch == 0
                     if self.average is not None:
@@ -243,10 +246,6 @@ class Trainer:
         if state.step % self.loader.steps_per_epoch == 0:
             self._save_checkpoint()
 
-    def _out_of_patience(self) -> bool:
-        patience = self.config.early_stopping_patience
-        return patience is not None and self.state.epochs_without_improvement >= patience
-
     def _rate(self) -> float:  # of the step done last
         return learning_rate(max(0, self.state.step - 1), self.total_steps, self.config)
 
@@ -308,12 +307,11 @@ class Trainer:
                     best_result = evaluate([best], test, self.data.class_names, self.accelerator.device)
                     final["best_test_accuracy"] = best_result.accuracy
                     self.folder.add_facts("best", best, {"test_accuracy": best_result.accuracy})
+                    self.reporter.say(f"Test set (read once): {result.as_line()}")
                 self.folder.write_metrics([*state.history, final])
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
                 self.reporter.log_row(final)
-        if self.config.validation_size:
-            self.reporter.say(f"Test set (read once): {result.as_line()}")
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
         self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
         self.accelerator.end_training()

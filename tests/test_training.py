@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from small_data import make_small_dataset
 
-from mnist_accel import evaluation, figures, load_model, trainer
+from mnist_accel import evaluation, figures, load_model, models, trainer
 from mnist_accel.checkpoint import complete_checkpoints, read_checkpoint
 from mnist_accel.config import TrainConfig, parse_config
 from mnist_accel.data import load_data
@@ -432,3 +432,25 @@ def test_a_compiled_run_compiles_one_graph_and_leaves_the_same_weights(small_dat
         assert found.keys() == expected.keys()
         for key, tensor in found.items():
             torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=0)
+
+
+def test_gradients_that_accumulate_survive_memory_that_the_next_micro_batch_writes_over(
+    small_dataset, tmp_path, monkeypatch
+):
+    def like_a_cuda_graph(parameter: torch.nn.Parameter) -> None:
+        """As in a replayed graph, the gradient is at the same place in memory each time."""
+        place = torch.empty_like(parameter.detach())
+        parameter.register_hook(lambda gradient: place.copy_(gradient).detach())
+
+    class Network(models.FastNet):
+        def __init__(self, *args):
+            super().__init__(*args)
+            for parameter in self.parameters():
+                like_a_cuda_graph(parameter)
+
+    options = ["--model", "fast_net", "--max-steps", "3", "--dropout", "0", "--optimizer", "sgd"]
+    plain = run(small_dataset, tmp_path / "plain", *options)
+    monkeypatch.setitem(models.MODELS, "fast_net", Network)
+    accumulated = run(small_dataset, tmp_path / "accumulated", *options, "--gradient-accumulation-steps", "4")
+    for name, tensor in weights(accumulated).items():
+        torch.testing.assert_close(tensor, weights(plain)[name], atol=1e-6, rtol=0)
