@@ -100,6 +100,8 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+        # What is still frozen when Python ends counts as leaked, and some C++ modules then list all of theirs.
+        atexit.register(gc.unfreeze)
 
 
 def is_first_rank() -> bool:

@@ -200,6 +200,12 @@ def test_every_way_to_start_reports_each_row_and_line_once(starts):
         assert processes in output, f"{way}\n{output}"
 
 
+def test_what_a_run_says_last_is_where_its_weights_are(starts):
+    for way, (folder, output) in starts.items():
+        last = output.strip().splitlines()[-1]
+        assert last == f"Weights: {folder / 'best'} and {folder / 'final'}", f"{way}\n{output}"
+
+
 def test_no_bar_is_drawn_where_the_output_is_no_terminal(starts):
     for way in starts.keys() - {"python"}:
         output = starts[way][1]
