@@ -1,4 +1,4 @@
-"""What training asks of the operating system at each step, neither memory nor files, and of Python at its start."""
+"""What training asks of the operating system at each step, neither memory nor files, and of Python at start and end."""
 
 import gc
 import importlib.util
@@ -60,3 +60,26 @@ def test_the_collector_rests_while_importing_and_works_again_after_an_error():
         raise ImportError
     assert gc.isenabled()
     gc.unfreeze()
+
+
+ENDS = """
+import atexit, threading, time
+from mnist_accel.cli import run_script
+class Left:
+    def __del__(self):
+        print("taken down")
+left = Left()
+def write():
+    time.sleep(0.3)
+    print("written")
+def main():
+    atexit.register(print, "at exit")
+    threading.Thread(target=write).start()
+    return 3
+run_script(main)
+"""
+
+
+def test_a_script_ends_once_its_threads_are_done_and_takes_nothing_down():
+    ended = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "written\nat exit\n", "")
