@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import difflib
+import errno
 import gc
 import math
 import os
@@ -111,21 +112,31 @@ def is_first_rank() -> bool:
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line on rank 0 and status 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         status = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        if is_first_rank():
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        status = 2
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; Python would complain once more when it flushes at exit.
+        status = _report(str(error))
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # The reader of our output (`| head`) has gone, or the disk it goes to is full; Python would complain once more
+        # when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+        status = 141 if error.errno == errno.EPIPE else _report(f"cannot write: {error.strerror}; make room")
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
     _end_process(status)
+
+
+def _report(message: str) -> int:
+    if is_first_rank():
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
 
 
 def _end_process(status: int) -> NoReturn:

@@ -328,3 +328,30 @@ def test_there_are_scripts_to_ask():
     assert {"train.py", "predict_dir.py", "evaluate.py", "export.py", "show_samples.py"} <= {
         path.name for path in SCRIPTS
     }
+
+
+SPEAKS = """
+import sys
+from mnist_accel.cli import run_script
+def main():
+    print("said")
+    print("remarked", file=sys.stderr)
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_script_runs_where_its_outputs_are_closed(closed):
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, SPEAKS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    expected = ("" if closed[0] == ">" else "said\n", "" if "2" in closed else "remarked\n")
+    assert (result.returncode, result.stdout, result.stderr) == (0, *expected)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is there on Linux only")
+def test_an_output_on_a_full_disk_is_one_line_and_status_2():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", SPEAKS]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    (line,) = result.stderr.replace("remarked\n", "").splitlines()
+    assert result.returncode == 2 and line.startswith("error: cannot write: No space left on device")
