@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,15 @@ OWN_NAMES = ("config.yaml", "metrics.jsonl", "best", "final", "checkpoints")
 
 
 def choose_folder(config: TrainConfig) -> Path:
-    """`--output-dir`, else the folder of the run that `--resume PATH` names, else `runs/<date-time>`."""
+    """`--output-dir`, else the folder of the run that `--resume PATH` names, else a new `runs/<date-time>`."""
     if config.output_dir:
         return Path(config.output_dir)
-    return _resumed_run(config) or Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if resumed := _resumed_run(config):
+        return resumed
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    # Two runs can start in the same second.
+    names = chain([now], (f"{now}-{number}" for number in count(2)))
+    return next(path for name in names if not (path := Path("runs", name)).exists())
 
 
 def _resumed_run(config: TrainConfig) -> Path | None:

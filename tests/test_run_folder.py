@@ -69,3 +69,12 @@ def test_weights_that_cannot_be_written_are_one_line(tmp_path):
         RunFolder(tmp_path).write_weights("best", build_model("fast_net"), facts)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mnist_accel.run_folder.time.strftime", lambda _: "2000-01-01_00-00-00")
+    for expected in ("2000-01-01_00-00-00", "2000-01-01_00-00-00-2", "2000-01-01_00-00-00-3"):
+        folder = choose_folder(TrainConfig())
+        assert folder == Path("runs", expected)
+        folder.mkdir(parents=True)
