@@ -157,7 +157,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     """What the numbers were measured on, the arithmetic of a training image, and the rate of large matrix products."""
     device = PartialState().device
     with FlopCounterMode(display=False) as counter:
-        F.cross_entropy(build_model("mnist_net")(torch.zeros(1, 1, 28, 28)), torch.tensor([0])).backward()
+        F.cross_entropy(build_model("mnist_net").eval()(torch.zeros(1, 1, 28, 28)), torch.tensor([0])).backward()
     size = 2048 if device.type == "cpu" else 8192
     return {
         "processor": _processor(),
