@@ -55,8 +55,8 @@ class MnistNet(DigitClassifier):
     """The original network, 421,642 parameters at 10 classes.
 
     conv 3x3 1->32, ReLU, max-pool 2; conv 3x3 32->64, ReLU, max-pool 2; linear 3136->128, ReLU, dropout; linear.
-    ReLU is monotonic, so it stands after each max-pool: the same function at a quarter of the work. Training on a CPU
-    convolves and pools in oneDNN's layout: 7% more images a second in fp32, 15% in bf16.
+    ReLU is monotonic, so it stands after each max-pool: the same function at a quarter of the work. bf16 training on a
+    CPU convolves and pools in oneDNN's layout: 15% more images a second.
     """
 
     def __init__(self, num_classes: int, dropout: float) -> None:
