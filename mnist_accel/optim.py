@@ -1,6 +1,8 @@
 """Optimizers, and the learning rate as a pure function of the step."""
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +20,22 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain}]
     rate = config.learning_rate
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
+        return _uncompiled(torch.optim.SGD)(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, fused=True)
+        return _uncompiled(torch.optim.AdamW)(groups, lr=rate, weight_decay=0.0, fused=True)
     assert config.optimizer == "adam", config.optimizer
-    return torch.optim.Adam(groups, lr=rate, fused=True)
+    return _uncompiled(torch.optim.Adam)(groups, lr=rate, fused=True)
+
+
+def _uncompiled(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """A subclass of `optimizer` whose methods are not wrapped in what keeps torch.compile away from them.
+
+    The wrappers import torch._dynamo, which takes as long as torch itself. Here only networks are compiled.
+    """
+    detours = "add_param_group", "zero_grad", "state_dict", "load_state_dict"
+    methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in detours}
+    methods["step"] = torch.no_grad()(inspect.unwrap(optimizer.step))
+    return type(optimizer.__name__, (optimizer,), methods)
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:

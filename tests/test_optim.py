@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_the_rate_scales_with_the_peak(scheduler):
 def test_weight_decay_applies_to_matrices_and_kernels_only(name, kind):
     model = build_model("mnist_net")
     optimizer = build_optimizer(model, TrainConfig(optimizer=name, weight_decay=0.1, learning_rate=0.2))
-    assert type(optimizer) is kind and name in OPTIMIZER_NAMES
+    assert type(optimizer).__bases__ == (kind,) and name in OPTIMIZER_NAMES
     decayed, plain = optimizer.param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -99,6 +100,25 @@ def test_without_weight_decay_nothing_decays_and_one_kernel_does_it_all(name):
     (group,) = build_optimizer(model, TrainConfig(optimizer=name)).param_groups
     assert group["weight_decay"] == 0.0 and group["fused"]
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_weights_move_bit_for_bit_as_by_the_optimizer_of_torch(name):
+    ours = build_optimizer(build_model("mnist_net"), TrainConfig(optimizer=name, weight_decay=0.1))
+    groups = [{**group, "params": [p.detach().clone() for p in group["params"]]} for group in ours.param_groups]
+    theirs = type(ours).__bases__[0](groups)
+    for step in range(3):
+        for optimizer in (ours, theirs):
+            torch.manual_seed(step)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+        if step == 1:  # and their states are of one form
+            ours.load_state_dict(deepcopy(theirs.state_dict()))
+    for own, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own["params"], other["params"], strict=True))
 
 
 def test_sgd_has_nesterov_momentum():

@@ -5,9 +5,11 @@ import importlib.util
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT
 
 from mnist_accel.cli import importing
 from mnist_accel.distributed import build_accelerator
@@ -52,6 +54,23 @@ def test_a_step_searches_for_no_package(monkeypatch: pytest.MonkeyPatch):
     )
     optimizer.step()
     assert weight.item() == -2 and not searches
+
+
+TRAIN = """
+import atexit, runpy, sys
+atexit.register(lambda: print("imported", *sys.modules))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_training_that_compiles_nothing_imports_no_compiler(tmp_path: Path):
+    options = ["--dataset", "digits", "--max-steps", "2", "--checkpoint-every", "1", "--output-dir", tmp_path / "run"]
+    command = [sys.executable, "-c", TRAIN, ROOT / "scripts" / "train.py", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    imported = ended.stdout.rpartition("imported ")[2].split()
+    assert "torch.optim" in imported and "accelerate" in imported
+    assert not {"torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy"} & set(imported)
 
 
 def test_the_collector_rests_while_importing_and_works_again_after_an_error():
