@@ -195,6 +195,9 @@ def _filled(mask: Mask, strength: Grey, smooth: Grey) -> tuple[Mask, Grey]:
 
 def _is_shading(strength: Grey, part: Mask) -> bool:
     """Whether what was found fades slowly into its surroundings, as uneven light does: a pen's stroke ends."""
+    # Out of focus a stroke fades as slowly, but the deep shadows come from outside the image.
+    if strength[part > 0].mean() > 0.2 and not _Parts(part).at_edge().any():
+        return False
     # Measured a fortieth of the image off it, beyond a bad lens's blur: there, ink leaves less than a sixth of itself
     # along most of its outline.
     side = max(part.shape)

@@ -132,6 +132,7 @@ VARIANTS = {
     "a sheet on a desk": lambda d: on_a_desk(paint(draw(d), (170, 40, 40)), 7, 0.5),
     "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
+    "out of focus": lambda d: noise(cv2.GaussianBlur(paint(draw(d, size=0.75)), (0, 0), 12), 3),
     "thin strokes": lambda d: paint(draw(d, pen=0.005)),
 }  # fmt: skip
 
