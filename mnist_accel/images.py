@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
-from mnist_accel.ink import Grey, Sheet, box_of, find_digit, fitted, reduced, sheet_of_paper
+from mnist_accel.ink import Sheet, find_digit, sheet_of_paper
+from mnist_accel.parts import Grey, box_of, fitted, reduced
 
 SIDE, BOX = 28, 20
 with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed

@@ -5,33 +5,13 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-# (H, W) float32 in 0..1, and (H, W) uint8 of 0 and 1: `mask & ~other` is the mask without the other.
-Grey = np.ndarray
-Mask = np.ndarray
+from mnist_accel.parts import Grey, Mask, Parts, box_of, distance_to_paper, fitted, grown, stroke_width
+
 # A rotated rectangle as OpenCV has it: its middle and its size, x and y in pixels, and its angle in degrees.
 Sheet = tuple[Sequence[float], Sequence[float], float]
 
 # The pen's width as a share of the digit's longest side: three of four MNIST digits are written with a wider one.
 MIN_PEN = 0.09
-
-
-def fitted(image: np.ndarray, side: int, at_least: int = 1, how: int = cv2.INTER_AREA) -> np.ndarray:
-    """The image scaled so that its longest side is `side` pixels, its aspect ratio kept."""
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    size = max(at_least, round(width * scale)), max(at_least, round(height * scale))
-    return cv2.resize(image, size, interpolation=how)
-
-
-def reduced(image: np.ndarray, side: int) -> np.ndarray:
-    """The image itself, or averaged down so that its longest side is `side` pixels."""
-    return image if max(image.shape[:2]) <= side else fitted(image, side)
-
-
-def box_of(image: np.ndarray) -> tuple[slice, slice]:
-    """The rows and the columns of the tight box around all that is not 0 in (H, W) uint8 or bool; empty if all is 0."""
-    left, top, width, height = cv2.boundingRect(np.asarray(image, np.uint8))
-    return slice(top, top + height), slice(left, left + width)
 
 
 def find_digit(grey: Grey, tight: bool) -> Grey | None:
@@ -56,12 +36,12 @@ def find_digit(grey: Grey, tight: bool) -> Grey | None:
         foreign = _foreign_parts(mask)
         if foreign.any():
             # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
-            rest = strength * (1 - (_grown(foreign, 5) & ~(mask & ~foreign)))
-            digit = _digit_parts(_inked(rest, noise), rest)
+            rest = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
+            digit = _of_one_pen(_digit_parts(_inked(rest, noise), rest), rest)
             # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left.
             if max(digit[box_of(digit)].shape) > 0.2 * max(digit.shape) and not _is_shading(strength, digit):
                 return _sharpened(rest, digit)
-    digit = _digit_parts(mask, strength)
+    digit = _of_one_pen(_digit_parts(mask, strength), strength)
     found = digit.any() and (tight or not _is_shading(strength, digit))
     return _sharpened(strength, digit) if found else None
 
@@ -71,35 +51,6 @@ def _inked(strength: Grey, noise: float) -> Mask:
     # The peaks of normal noise stay below 6 standard deviations; less than 2 of 255 grey levels are rounding.
     ink = strength[strength > max(6 * noise, 0.25 * float(strength.max()), 2 / 255)]
     return (strength > (0.4 * float(np.median(ink)) if ink.size else np.inf)).astype(np.uint8)
-
-
-def _grown(mask: np.ndarray, side: int) -> np.ndarray:
-    return cv2.dilate(mask, np.ones((side, side), np.uint8))
-
-
-class _Parts:
-    """A mask's connected parts: each pixel's part, and each part's box and middle as x and y; part 0 is the rest."""
-
-    def __init__(self, mask: Mask) -> None:
-        stats: np.ndarray
-        self.count, self.labels, stats, self.middle = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        self.start, self.size, self.area = stats[:, :2], stats[:, 2:4], stats[:, cv2.CC_STAT_AREA]
-        self.end = self.start + self.size
-
-    def at_edge(self) -> np.ndarray:
-        """Which parts, the rest aside, reach an edge of the image."""
-        reach = ((self.start == 0) | (self.end == self.labels.shape[::-1])).any(1)
-        return reach & (np.arange(self.count) > 0)
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """The sum of (H, W) values over each part."""
-        return np.bincount(self.labels.ravel(), weights=values.ravel(), minlength=self.count)
-
-    def largest(self) -> int:
-        return 1 + int(self.area[1:].argmax())
-
-    def mask(self, part: int | np.integer) -> Mask:
-        return (self.labels == part).astype(np.uint8)
 
 
 # --- paper and polarity ----------------------------------------------------------------------------------------------
@@ -135,7 +86,7 @@ def _paper(smooth: Grey) -> Grey:
     closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
     even = cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
     # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
-    dark = _Parts((closed < 0.9 * even).astype(np.uint8))
+    dark = Parts((closed < 0.9 * even).astype(np.uint8))
     return np.where(dark.at_edge()[dark.labels], closed, even)
 
 
@@ -178,8 +129,8 @@ def _filled(mask: Mask, strength: Grey, smooth: Grey) -> tuple[Mask, Grey]:
     """Mask and strength, with the inside of a shape too broad for `_paper` to see past, found as its outline only."""
     inside = np.zeros_like(mask)
     cv2.drawContours(inside, cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], -1, 1, cv2.FILLED)
-    around = _grown(inside, 11) & ~_grown(inside, 5)
-    holes = _Parts(inside & ~mask)
+    around = grown(inside, 11) & ~grown(inside, 5)
+    holes = Parts(inside & ~mask)
     if holes.count < 2 or not around.any() or holes.size[holes.largest()].min() <= 0.1 * max(mask.shape):
         return mask, strength
     hole = holes.mask(holes.largest())
@@ -196,7 +147,7 @@ def _filled(mask: Mask, strength: Grey, smooth: Grey) -> tuple[Mask, Grey]:
 def _is_shading(strength: Grey, part: Mask) -> bool:
     """Whether what was found fades slowly into its surroundings, as uneven light does: a pen's stroke ends."""
     # Out of focus a stroke fades as slowly, but the deep shadows come from outside the image.
-    if strength[part > 0].mean() > 0.2 and not _Parts(part).at_edge().any():
+    if strength[part > 0].mean() > 0.2 and not Parts(part).at_edge().any():
         return False
     # Measured a fortieth of the image off it, beyond a bad lens's blur: there, ink leaves less than a sixth of itself
     # along most of its outline.
@@ -222,10 +173,10 @@ def sheet_of_paper(found: Mask) -> Sheet | None:
         return None
     sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
     strokes = sheet & ~found
-    holes = _Parts(strokes)
+    holes = Parts(strokes)
     if holes.count < 2 or holes.size[1:].max() < 0.1 * min(size):
         return None
-    blank, stroke = (float(_distance_to_paper(part).max()) for part in (sheet & found, strokes))
+    blank, stroke = (float(distance_to_paper(part).max()) for part in (sheet & found, strokes))
     return (middle, size, degrees) if blank > 0.1 * min(size) and stroke < 0.6 * blank else None
 
 
@@ -236,7 +187,7 @@ def _foreign_parts(mask: Mask) -> Mask:
     """What is no part of the digit: frames, the lines of tables and of ruled paper, what reaches in from outside."""
     lines = _crossing_lines(mask)
     height, width = mask.shape
-    parts = _Parts(mask & ~lines)
+    parts = Parts(mask & ~lines)
     border = np.ones_like(mask)
     depth_y, depth_x = round(0.15 * height), round(0.15 * width)
     border[depth_y : height - depth_y, depth_x : width - depth_x] = 0
@@ -261,7 +212,7 @@ def _crossing_lines(mask: Mask) -> Mask:
     result = np.zeros_like(mask)
     if not lines:
         return result
-    rest = _Parts(mask & ~np.bitwise_or.reduce(lines))
+    rest = Parts(mask & ~np.bitwise_or.reduce(lines))
     if rest.count < 2:
         return result
     # A 7's bar, or a 4's stem, in a close crop, is told from a line by what is left: without the line, the digit stands
@@ -269,12 +220,12 @@ def _crossing_lines(mask: Mask) -> Mask:
     # thinner than the pen.
     height, width = mask.shape
     digit, free = rest.mask(rest.largest()), not rest.at_edge()[rest.largest()]
-    near, pen = _grown(digit, 3), _stroke_width(digit)
+    near, pen = grown(digit, 3), stroke_width(digit)
     for line in lines:
         rows, columns = box_of(line)
         at_border = min(rows.stop, columns.stop) - 1 < 0.2 * max(height, width)
         at_border |= max(rows.start / height, columns.start / width) > 0.8
-        if not (near & line).any() or (free and (at_border or _stroke_width(line) < 0.6 * pen)):
+        if not (near & line).any() or (free and (at_border or stroke_width(line) < 0.6 * pen)):
             result |= line
     return result
 
@@ -284,7 +235,7 @@ def _level_lines(mask: Mask) -> list[Mask]:
     height, width = mask.shape
     # A slanting line is a staircase of runs; thickened a little, runs of a quarter of the width hold together.
     thick = cv2.dilate(mask, np.ones((round(0.02 * height) | 1, 1), np.uint8))
-    runs = _Parts(cv2.morphologyEx(thick, cv2.MORPH_OPEN, np.ones((1, max(3, width // 4)), np.uint8)) & mask)
+    runs = Parts(cv2.morphologyEx(thick, cv2.MORPH_OPEN, np.ones((1, max(3, width // 4)), np.uint8)) & mask)
     lines = []
     for run in range(1, runs.count):
         (wide, high), area = runs.size[run], runs.area[run]
@@ -295,24 +246,12 @@ def _level_lines(mask: Mask) -> list[Mask]:
     return [line for line in lines if line.any()]
 
 
-def _distance_to_paper(mask: Mask) -> np.ndarray:
-    """Each pixel's distance from what is not in the mask, outside of the image too; with a margin of one pixel."""
-    return cv2.distanceTransform(cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 3)
-
-
-def _stroke_width(mask: Mask) -> float:
-    """The typical width of a mask's strokes in pixels: twice the median distance of their middles from the paper."""
-    distance = _distance_to_paper(mask)
-    middle = distance[(distance > 0) & (distance >= _grown(distance, 3))]
-    return 2 * float(np.median(middle)) - 1 if middle.size else 0.0
-
-
 # --- the digit -------------------------------------------------------------------------------------------------------
 
 
 def _digit_parts(mask: Mask, strength: Grey) -> Mask:
     """The part of the mask with most ink nearest to the middle, and the parts that belong to it."""
-    parts = _Parts(mask)
+    parts = Parts(mask)
     if parts.count < 2:
         return mask
     at_edge, area, mass = parts.at_edge(), parts.area, parts.sums(strength)
@@ -340,12 +279,26 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
         kept |= more
 
 
+def _of_one_pen(digit: Mask, strength: Grey) -> Mask:
+    """The digit without what is far fainter than the rest of it: creases of the paper that its strokes run over."""
+    inside = strength[digit > 0]
+    if not inside.size:
+        return digit
+    highest = float(inside.max())
+    strong = inside > _otsu(inside / highest) / 255 * highest
+    if strong.all() or inside[strong].mean() < 2.8 * inside[~strong].mean():
+        return digit
+    pen = _digit_parts(digit & (strength > 0.4 * float(np.median(inside[strong]))), strength)
+    # A blot on a pencil's digit is no digit.
+    return pen if max(pen[box_of(pen)].shape) > 0.35 * max(digit[box_of(digit)].shape) else digit
+
+
 def _sharpened(strength: Grey, digit: Mask) -> Grey:
     """The digit's strength, 0 on paper, 1 in full ink and a short ramp between, as where a bilevel scan is averaged."""
     peak = float(np.percentile(strength[digit > 0], 75))
-    sharp: Grey = np.clip((strength / peak - 0.25) / 0.5, 0, 1).astype(np.float32) * _grown(digit, 5)
+    sharp: Grey = np.clip((strength / peak - 0.25) / 0.5, 0, 1).astype(np.float32) * grown(digit, 5)
     solid = (sharp[box_of(sharp > 0.5)] > 0.5).astype(np.uint8)
-    missing = MIN_PEN * max(solid.shape) - _stroke_width(solid)
+    missing = MIN_PEN * max(solid.shape) - stroke_width(solid)
     if missing <= 1:
         return sharp
     size = round(missing) + 1

@@ -12,8 +12,8 @@ import torch
 
 from mnist_accel.data import SIZE, Split
 from mnist_accel.images import BOX, to_mnist
-from mnist_accel.ink import fitted
 from mnist_accel.loader import NO_DIGIT
+from mnist_accel.parts import fitted
 from mnist_accel.seeding import derive_seed
 
 CANVAS = 96

@@ -67,6 +67,16 @@ def sharp_shadow(pixels: np.ndarray, degrees: float) -> np.ndarray:
     )
 
 
+def creased(pixels: np.ndarray) -> np.ndarray:
+    """Paper that was folded four times and smoothed out: at each fold the light changes at once, and fades off it."""
+    y, x = (np.mgrid[: pixels.shape[0], : pixels.shape[1]] / len(pixels)) - 0.5
+    light = np.ones_like(x)
+    for degrees, at in ((20, 0.1), (75, -0.2), (130, 0.0), (160, 0.3)):
+        off = x * np.cos(np.radians(degrees)) + y * np.sin(np.radians(degrees)) - at
+        light *= 1 - 0.25 * np.tanh(off / 0.02) * np.exp(-np.abs(off) / 0.15)
+    return np.clip(pixels * 0.9 * light[..., None], 0, 255).astype(np.uint8)
+
+
 def noise(pixels: np.ndarray, sigma: float) -> np.ndarray:
     return np.clip(pixels + np.random.default_rng(0).normal(0, sigma, pixels.shape), 0, 255).astype(np.uint8)
 
@@ -120,6 +130,7 @@ VARIANTS = {
     "shadow": lambda d: smooth_shadow(paint(draw(d))),
     "a sharp, deep shadow across the digit": lambda d: noise(sharp_shadow(paint(draw(d)), 40), 4),
     "a shadow's edge along a stem": lambda d: noise(sharp_shadow(paint(draw(d)), 175), 4),
+    "creased paper": lambda d: noise(creased(paint(draw(d, pen=0.06), (30, 40, 60))), 4),
     "red ink on green as bright": lambda d: paint(draw(d), (200, 100, 100), (100, 150, 107)),
     "a frame on the edge": lambda d: paint(frame(draw(d), 0.0, 0.03)),
     "a frame inside, light on dark": lambda d: 255 - paint(frame(draw(d), 0.08, 0.02)),
@@ -151,6 +162,12 @@ def test_a_bold_zero_is_no_sheet_of_paper():
     ink[70:130, 88:112] = 0
     result = to_mnist(paint(ink))
     assert result[14, 14] == 0 and result[14, 10] == 255 and result[6, 14] == 255
+
+
+def test_a_blot_does_not_hide_a_pencil_s_digit():
+    ink = 0.35 * draw(5)
+    blotted = cv2.circle(ink.copy(), (100, 86), 11, 1.0, -1)
+    assert likeness(to_mnist(paint(blotted)), reference(5)) > 0.8
 
 
 def test_all_parts_of_a_broken_digit_are_kept():

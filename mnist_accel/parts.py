@@ -1,0 +1,68 @@
+"""Masks of pixels: their boxes, their connected parts, the width of their strokes; images scaled by area."""
+
+import cv2
+import numpy as np
+
+# (H, W) float32 in 0..1, and (H, W) uint8 of 0 and 1: `mask & ~other` is the mask without the other.
+Grey = np.ndarray
+Mask = np.ndarray
+
+
+def fitted(image: np.ndarray, side: int, at_least: int = 1, how: int = cv2.INTER_AREA) -> np.ndarray:
+    """The image scaled so that its longest side is `side` pixels, its aspect ratio kept."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    size = max(at_least, round(width * scale)), max(at_least, round(height * scale))
+    return cv2.resize(image, size, interpolation=how)
+
+
+def reduced(image: np.ndarray, side: int) -> np.ndarray:
+    """The image itself, or averaged down so that its longest side is `side` pixels."""
+    return image if max(image.shape[:2]) <= side else fitted(image, side)
+
+
+def box_of(image: np.ndarray) -> tuple[slice, slice]:
+    """The rows and the columns of the tight box around all that is not 0 in (H, W) uint8 or bool; empty if all is 0."""
+    left, top, width, height = cv2.boundingRect(np.asarray(image, np.uint8))
+    return slice(top, top + height), slice(left, left + width)
+
+
+def grown(mask: np.ndarray, side: int) -> np.ndarray:
+    return cv2.dilate(mask, np.ones((side, side), np.uint8))
+
+
+class Parts:
+    """A mask's connected parts: each pixel's part, and each part's box and middle as x and y; part 0 is the rest."""
+
+    def __init__(self, mask: Mask) -> None:
+        stats: np.ndarray
+        self.count, self.labels, stats, self.middle = cv2.connectedComponentsWithStats(mask, connectivity=8)
+        self.start, self.size, self.area = stats[:, :2], stats[:, 2:4], stats[:, cv2.CC_STAT_AREA]
+        self.end = self.start + self.size
+
+    def at_edge(self) -> np.ndarray:
+        """Which parts, the rest aside, reach an edge of the image."""
+        reach = ((self.start == 0) | (self.end == self.labels.shape[::-1])).any(1)
+        return reach & (np.arange(self.count) > 0)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """The sum of (H, W) values over each part."""
+        return np.bincount(self.labels.ravel(), weights=values.ravel(), minlength=self.count)
+
+    def largest(self) -> int:
+        return 1 + int(self.area[1:].argmax())
+
+    def mask(self, part: int | np.integer) -> Mask:
+        return (self.labels == part).astype(np.uint8)
+
+
+def distance_to_paper(mask: Mask) -> np.ndarray:
+    """Each pixel's distance from what is not in the mask, outside of the image too; with a margin of one pixel."""
+    return cv2.distanceTransform(cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 3)
+
+
+def stroke_width(mask: Mask) -> float:
+    """The typical width of a mask's strokes in pixels: twice the median distance of their middles from the paper."""
+    distance = distance_to_paper(mask)
+    middle = distance[(distance > 0) & (distance >= grown(distance, 3))]
+    return 2 * float(np.median(middle)) - 1 if middle.size else 0.0
