@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
-from mnist_accel.ink import Sheet, find_digit, sheet_of_paper
+from mnist_accel.ink import Sheet, even_light, find_digit, sheet_of_paper
 from mnist_accel.parts import Grey, box_of, fitted, reduced
 
 SIDE, BOX = 28, 20
@@ -243,13 +243,20 @@ def _find(values: np.ndarray) -> Grey | None:
     """
     grey = _one_channel(values)
     # Below 40 pixels there is no room for a line beside the digit: such images are the size-normalised crops of
-    # archives (USPS, Semeion, optdigits). Nor is there in a crop less than 0.6 as wide as it is high.
-    tight = min(grey.shape) <= max(40, 0.6 * max(grey.shape))
-    strength = _find_at_working_size(grey, tight)
+    # archives (USPS, Semeion, optdigits).
+    tiny = min(grey.shape) <= 40
+    even = grey if tiny else even_light(grey)
+    strength = _find_at_working_size(even, tiny, tiny)
+    # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.
+    narrow = not tiny and min(grey.shape) <= 0.6 * max(grey.shape)
+    if narrow and (strength is None or max(strength[box_of(strength > 0.5)].shape) > 0.8 * max(strength.shape)):
+        as_crop = _find_at_working_size(grey, tight=True)
+        if as_crop is not None:
+            return as_crop
     if strength is None:
         return None
     scale = max(grey.shape) / max(strength.shape)
-    if not tight and (sheet := sheet_of_paper((strength > 0.5).astype(np.uint8))):
+    if not tiny and (sheet := sheet_of_paper((strength > 0.5).astype(np.uint8))):
         on_sheet = _find(_upright(values, sheet, scale))
         if on_sheet is not None:
             return on_sheet
@@ -261,7 +268,7 @@ def _find(values: np.ndarray) -> Grey | None:
         slice(max(0, int((ends.start - 0.5 * longest) * scale)), int((ends.stop + 0.5 * longest) * scale) + 1)
         for ends in box
     )
-    closer = _find_at_working_size(grey[rows, columns], False)
+    closer = _find_at_working_size(even[rows, columns])
     return strength if closer is None else closer
 
 
@@ -281,12 +288,12 @@ def _upright(values: np.ndarray, sheet: Sheet, scale: float) -> np.ndarray:
     return turned[rows, columns].reshape(len(turned[rows]), -1, values.shape[2])
 
 
-def _find_at_working_size(grey: Grey, tight: bool) -> Grey | None:
+def _find_at_working_size(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | None:
     height, width = grey.shape
     factor = -(-SMALL_SIDE // max(height, width))
     if factor > 1:
         grey = cv2.resize(grey, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
-    return find_digit(reduced(grey, LARGE_SIDE), tight)
+    return find_digit(reduced(grey, LARGE_SIDE), tight, tiny)
 
 
 def _set_in_box(strength: Grey) -> np.ndarray:

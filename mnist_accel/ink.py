@@ -14,13 +14,14 @@ Sheet = tuple[Sequence[float], Sequence[float], float]
 MIN_PEN = 0.09
 
 
-def find_digit(grey: Grey, tight: bool) -> Grey | None:
+def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
     """The strength of a digit's ink in an image of either polarity: 0 off the digit; None where there is no ink.
 
     Args:
         grey: (H, W) float32 in 0..1, 96 to 224 pixels on its longest side: ink is judged at the scale of whole strokes.
         tight: the image is so small or so narrow that it must be a crop of the digit alone. Then its ink may touch
             every edge, and a bar along an edge is a 7's or a 2's, not a frame's.
+        tiny: it was so small before it was enlarged that even a stroke's edge fades slowly.
 
     Returns:
         (H, W) float32 in 0..1, with a margin on all sides where a thin stroke was made wider; ink is what is over 0.5.
@@ -42,7 +43,7 @@ def find_digit(grey: Grey, tight: bool) -> Grey | None:
             if max(digit[box_of(digit)].shape) > 0.2 * max(digit.shape) and not _is_shading(strength, digit):
                 return _sharpened(rest, digit)
     digit = _of_one_pen(_digit_parts(mask, strength), strength)
-    found = digit.any() and (tight or not _is_shading(strength, digit))
+    found = digit.any() and (tiny or not _is_shading(strength, digit))
     return _sharpened(strength, digit) if found else None
 
 
@@ -63,7 +64,7 @@ def _is_dark_ink(smooth: Grey, tight: bool) -> bool:
     # in a shadow more of the contrast that it has in the light.
     small = fitted(smooth, 64, at_least=3)
     light = small if tight else np.log2(1 + small)
-    roughness = _roughness(light) - _roughness(1 - light)
+    roughness = _roughness(light, tight) - _roughness(1 - light, tight)
     if not tight:
         return roughness < 0
     # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
@@ -80,9 +81,9 @@ def _otsu(smooth: Grey) -> float:
     return cv2.threshold((np.clip(smooth, 0, 1) * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)[0]
 
 
-def _paper(smooth: Grey) -> Grey:
+def _paper(smooth: Grey, tight: bool) -> Grey:
     """The image with all that is dark and narrower than a third of it, as any pen's stroke is, filled in."""
-    reach = int(0.35 * max(smooth.shape)) | 1
+    reach = int(0.35 * (max(smooth.shape) if tight else smooth.size**0.5)) | 1
     closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
     even = cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
     # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
@@ -90,9 +91,34 @@ def _paper(smooth: Grey) -> Grey:
     return np.where(dark.at_edge()[dark.labels], closed, even)
 
 
-def _roughness(smooth: Grey) -> float:
+def even_light(grey: Grey) -> Grey:
+    """The image under the same light everywhere, where most of what is seen in it is one slow fall of light.
+
+    The light is a quadratic surface through most of the image, found by least squares whose weights come to leave the
+    ink out (Cauchy's function of the distance).
+    """
+    small = fitted(grey, 32, at_least=3).astype(np.float64)
+    terms = _quadratic_terms(*small.shape)
+    weights, values = np.ones(small.size), small.ravel()
+    for _ in range(10):
+        root = np.sqrt(weights)
+        factors = np.linalg.lstsq(terms * root[:, None], values * root, rcond=None)[0]
+        off = values - terms @ factors
+        weights = 1 / (1 + (off / (3 * np.median(np.abs(off)) + 1e-6)) ** 2)
+    if np.var(off) > 0.15 * np.var(values):
+        return grey  # other shadows have edges, and a surface would bend around them
+    light = np.maximum(_quadratic_terms(*grey.shape) @ factors, 0.02).reshape(grey.shape)
+    return np.clip(grey / light * np.median(light), 0, 1).astype(np.float32)
+
+
+def _quadratic_terms(height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].reshape(2, -1)
+    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+
+
+def _roughness(smooth: Grey, tight: bool) -> float:
     """Mean slope of the paper, if the ink were dark, per image length and over the ink's contrast; 6 without ink."""
-    paper = _paper(smooth)
+    paper = _paper(smooth, tight)
     contrast = paper - smooth
     contrast = contrast - np.percentile(contrast, 30)
     highest = float(contrast.max())
@@ -109,7 +135,7 @@ def _ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
         is_paper = smooth * 255 > _otsu(smooth)
         paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else 1.0)
     else:
-        paper = _paper(smooth)
+        paper = _paper(smooth, tight)
     # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
     # keeps the noise of the deepest shadows down.
     strength = (paper - smooth) / (paper + 0.1)

@@ -58,6 +58,20 @@ def smooth_shadow(pixels: np.ndarray) -> np.ndarray:
     )
 
 
+def lamp(pixels: np.ndarray) -> np.ndarray:
+    """Light that falls off from the upper left corner to two fifths."""
+    height, width = pixels.shape[:2]
+    fall = np.add.outer(np.linspace(0, 0.3, height), np.linspace(0, 0.3, width))
+    return (pixels * (1 - fall)[..., None]).astype(np.uint8)
+
+
+def ruled(pixels: np.ndarray) -> np.ndarray:
+    lines = pixels.copy()
+    for y in range(20, len(lines), 60):
+        lines[y : y + 3] = np.minimum(lines[y : y + 3], 140)
+    return lines
+
+
 def sharp_shadow(pixels: np.ndarray, degrees: float) -> np.ndarray:
     """Beyond a slanting line through the middle, two fifths of the light are left."""
     y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]] - len(pixels) / 2
@@ -120,6 +134,8 @@ def on_a_desk(sheet: np.ndarray, degrees: float, share: float) -> np.ndarray:
 
 VARIANTS = {
     "light on dark": lambda d: 255 - paint(draw(d)),
+    "a phone's upright photo under a lamp": lambda d: noise(lamp(paint(draw(d, 640, 360, 0.5, 0.06, at=(0.4, 0.45)))), 4),
+    "a phone's wide photo of ruled paper under a lamp": lambda d: noise(lamp(ruled(paint(draw(d, 360, 640, 0.5, 0.06)))), 4),
     "large": lambda d: paint(draw(d, 900, 1600)),
     "a small digit on a large page": lambda d: paint(draw(d, 800, 900, 0.12, 0.012, at=(0.7, 0.25))),
     "a tight 16x16 scan": lambda d: (255 * draw(d, 16, 16, 0.86, 0.12)).astype(np.uint8),
