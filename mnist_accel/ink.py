@@ -40,7 +40,7 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
             rest = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
             digit = _of_one_pen(_digit_parts(_inked(rest, noise), rest), rest)
             # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left.
-            if max(digit[box_of(digit)].shape) > 0.2 * max(digit.shape) and not _is_shading(strength, digit):
+            if max(digit[box_of(digit)].shape) > 0.12 * max(digit.shape) and not _is_shading(strength, digit):
                 return _sharpened(rest, digit)
     digit = _of_one_pen(_digit_parts(mask, strength), strength)
     found = digit.any() and (tiny or not _is_shading(strength, digit))
@@ -218,9 +218,10 @@ def _foreign_parts(mask: Mask) -> Mask:
     depth_y, depth_x = round(0.15 * height), round(0.15 * width)
     border[depth_y : height - depth_y, depth_x : width - depth_x] = 0
     foreign = parts.at_edge() & (parts.sums(border) / parts.area > 0.85)
-    for part in 1 + np.flatnonzero((parts.size[1:] > (0.5 * width, 0.5 * height)).all(1)):
+    for part in 1 + np.flatnonzero((parts.size[1:] > (0.2 * width, 0.2 * height)).all(1)):
         shape = parts.mask(part)
-        foreign[part] |= _is_frame(shape[box_of(shape)])
+        large = (parts.size[part] > (0.5 * width, 0.5 * height)).all()
+        foreign[part] |= (large and _is_frame(shape[box_of(shape)])) or _is_drawn_around(shape, parts)
     return lines | foreign.astype(np.uint8)[parts.labels]
 
 
@@ -230,6 +231,19 @@ def _is_frame(shape: Mask) -> bool:
     y, x = max(2, round(0.12 * height)), max(2, round(0.12 * width))
     sides = shape[:y].any(0), shape[-y:].any(0), shape[:, :x].any(1), shape[:, -x:].any(1)
     return min(side.mean() for side in sides) > 0.9 and not shape[2 * y : -2 * y, 2 * x : -2 * x].any()
+
+
+def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
+    """Whether a thin ring or box, about as wide as high, has a part inside that is a good deal of its height."""
+    height, width = shape[box_of(shape)].shape
+    outline = cv2.findContours(shape, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    filled = cv2.drawContours(np.zeros_like(shape), outline, -1, 1, cv2.FILLED)
+    holes = Parts(filled & ~shape)
+    if holes.count < 2 or not 0.75 < width / height < 1.33:
+        return False
+    hole = holes.mask(holes.largest())
+    inside = hole & (parts.labels > 0)
+    return hole.sum() > 0.6 * filled.sum() and inside[box_of(inside)].shape[0] > 0.28 * height
 
 
 def _crossing_lines(mask: Mask) -> Mask:
@@ -282,7 +296,9 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
         return mask
     at_edge, area, mass = parts.at_edge(), parts.area, parts.sums(strength)
     off_centre = np.hypot(*(parts.middle / mask.shape[::-1] - 0.5).T)
-    score = mass * (1 - 0.8 * off_centre) * np.where(at_edge, 0.5, 1.0)
+    # A line drawn under the digit can have more ink than the digit.
+    flat = parts.size[:, 0] > 4 * parts.size[:, 1]
+    score = mass * (1 - 0.8 * off_centre) * np.where(at_edge, 0.5, 1.0) * np.where(flat, 0.3, 1.0)
     score[0] = -1
     kept = score == score.max()
     main_at_edge = at_edge[kept].any()
@@ -293,7 +309,8 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
         close = (area > 0.03 * area[kept].sum()) & (gap <= 0.25 * (end - start).max())
         # What reaches the image's edge while the main part does not is a neighbour's.
         overlaps = (gap <= 0) & ((parts.middle > start) & (parts.middle < end)).all(1)
-        own = close & (main_at_edge | ~at_edge | overlaps)
+        underline = flat & (parts.start[:, 1] > end[1] + 0.05 * (end - start).max())
+        own = close & (main_at_edge | ~at_edge | overlaps) & ~underline
         # A second digit, whole and about as large: there is no telling which is meant, and both are to be seen.
         tall = parts.size[:, 1] / (end - start)[1]
         second = ~at_edge & (tall > 0.6) & (tall < 1.6)

@@ -152,6 +152,10 @@ VARIANTS = {
     "a frame inside, light on dark": lambda d: 255 - paint(frame(draw(d), 0.08, 0.02)),
     "a grey pencil's digit in a black frame": lambda d: noise(
         paint(frame(draw(d) * 0.35, 0.02, 0.05), (0, 0, 0)), 2),
+    "in a circle": lambda d: paint(cv2.circle(draw(d, size=0.4, pen=0.05), (100, 100), 64, 1.0, 6)),
+    "in a box on a page": lambda d: paint(
+        cv2.rectangle(draw(d, 400, 400, 0.25, 0.03), (125, 125), (275, 275), 1.0, 5)),
+    "underlined": lambda d: paint(cv2.line(draw(d, pen=0.07), (30, 184), (175, 180), 1.0, 9)),
     "a table's line at the top": lambda d: paint(level_line(draw(d), 0.04, 0.03, 1.0)),
     "ruled paper": lambda d: paint(level_line(draw(d), 0.42, 0.015, 0.5)),
     "a neighbour cut at the edge": lambda d: paint(with_neighbour(draw(d))),
