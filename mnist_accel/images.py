@@ -247,6 +247,10 @@ def _find(values: np.ndarray) -> Grey | None:
     tiny = min(grey.shape) <= 40
     even = grey if tiny else even_light(grey)
     strength = _find_at_working_size(even, tiny, tiny)
+    if strength is not None and not tiny and (sheet := sheet_of_paper((strength > 0.5).astype(np.uint8))):
+        on_sheet = _find(_upright(values, sheet, max(grey.shape) / max(strength.shape)))
+        if on_sheet is not None:
+            return on_sheet
     # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.
     narrow = not tiny and min(grey.shape) <= 0.6 * max(grey.shape)
     if narrow and (strength is None or max(strength[box_of(strength > 0.5)].shape) > 0.8 * max(strength.shape)):
@@ -256,10 +260,6 @@ def _find(values: np.ndarray) -> Grey | None:
     if strength is None:
         return None
     scale = max(grey.shape) / max(strength.shape)
-    if not tiny and (sheet := sheet_of_paper((strength > 0.5).astype(np.uint8))):
-        on_sheet = _find(_upright(values, sheet, scale))
-        if on_sheet is not None:
-            return on_sheet
     box = box_of(strength > 0.5)
     longest = max(strength[box].shape)
     if longest >= SMALL_SIDE // 2 or scale <= 1.5:

@@ -97,8 +97,8 @@ def even_light(grey: Grey) -> Grey:
     The light is a quadratic surface through most of the image, found by least squares whose weights come to leave the
     ink out (Cauchy's function of the distance).
     """
-    small = fitted(grey, 32, at_least=3).astype(np.float64)
-    terms = _quadratic_terms(*small.shape)
+    small = fitted(grey, 32, at_least=3)
+    terms = np.stack([np.broadcast_to(term, small.shape).ravel() for term in _quadratic_terms(*small.shape)], axis=1)
     weights, values = np.ones(small.size), small.ravel()
     for _ in range(10):
         root = np.sqrt(weights)
@@ -107,13 +107,14 @@ def even_light(grey: Grey) -> Grey:
         weights = 1 / (1 + (off / (3 * np.median(np.abs(off)) + 1e-6)) ** 2)
     if np.var(off) > 0.15 * np.var(values):
         return grey  # other shadows have edges, and a surface would bend around them
-    light = np.maximum(_quadratic_terms(*grey.shape) @ factors, 0.02).reshape(grey.shape)
-    return np.clip(grey / light * np.median(light), 0, 1).astype(np.float32)
+    surface = sum(factor * term for factor, term in zip(factors, _quadratic_terms(*grey.shape), strict=True))
+    light = np.maximum(np.float32(surface), np.float32(0.02))
+    return np.clip(grey / light * np.median(light), 0, 1)
 
 
-def _quadratic_terms(height: int, width: int) -> np.ndarray:
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].reshape(2, -1)
-    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
+def _quadratic_terms(height: int, width: int) -> list[np.ndarray]:
+    y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    return [np.ones_like(x), x, y, x * x, y * y, x * y]
 
 
 def _roughness(smooth: Grey, tight: bool) -> float:
