@@ -123,13 +123,13 @@ def with_specks(ink: np.ndarray) -> np.ndarray:
 
 
 def on_a_desk(sheet: np.ndarray, degrees: float, share: float) -> np.ndarray:
-    """A sheet, askew, on a desk of streaky wood whose side it is this share of."""
-    side = round(len(sheet) / share)
-    wood = np.array([120, 85, 55]) + 12 * np.sin(np.arange(side) / 5)[:, None, None]
-    desk = np.rint(np.broadcast_to(wood, (side, side, 3))).astype(np.uint8)
-    turn = cv2.getRotationMatrix2D((len(sheet) / 2, len(sheet) / 2), degrees, 1.0)
-    turn[:, 2] += 0.45 * (side - len(sheet))
-    return cv2.warpAffine(sheet, turn, (side, side), desk.copy(), borderMode=cv2.BORDER_TRANSPARENT)
+    """A sheet, askew, on a desk of streaky wood whose sides it is this share of."""
+    height, width = (round(extent / share) for extent in sheet.shape[:2])
+    wood = np.array([120, 85, 55]) + 12 * np.sin(np.arange(height) / 5)[:, None, None]
+    desk = np.rint(np.broadcast_to(wood, (height, width, 3))).astype(np.uint8)
+    turn = cv2.getRotationMatrix2D((sheet.shape[1] / 2, sheet.shape[0] / 2), degrees, 1.0)
+    turn[:, 2] += 0.45 * (width - sheet.shape[1]), 0.45 * (height - sheet.shape[0])
+    return cv2.warpAffine(sheet, turn, (width, height), desk.copy(), borderMode=cv2.BORDER_TRANSPARENT)
 
 
 VARIANTS = {
@@ -161,6 +161,7 @@ VARIANTS = {
     "a neighbour cut at the edge": lambda d: paint(with_neighbour(draw(d))),
     "specks": lambda d: paint(with_specks(draw(d))),
     "a sheet on a desk": lambda d: on_a_desk(paint(draw(d), (170, 40, 40)), 7, 0.5),
+    "a sheet on a desk in a wide photo": lambda d: on_a_desk(paint(draw(d, 200, 360)), -6, 0.7),
     "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
     "out of focus": lambda d: noise(cv2.GaussianBlur(paint(draw(d, size=0.75)), (0, 0), 12), 3),
