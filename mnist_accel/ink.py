@@ -83,7 +83,9 @@ def _otsu(smooth: Grey) -> float:
 
 def _paper(smooth: Grey, tight: bool) -> Grey:
     """The image with all that is dark and narrower than a third of it, as any pen's stroke is, filled in."""
-    reach = int(0.35 * (max(smooth.shape) if tight else smooth.size**0.5)) | 1
+    # In a narrow photo the longer side says little of the strokes.
+    narrow = not tight and min(smooth.shape) <= 0.6 * max(smooth.shape)
+    reach = int(0.35 * (smooth.size**0.5 if narrow else max(smooth.shape))) | 1
     closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
     even = cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
     # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
