@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
 from mnist_accel.ink import Sheet, find_digit, sheet_of_paper
-from mnist_accel.parts import Grey, box_of, fitted, reduced
+from mnist_accel.parts import Grey, box_of, fitted, is_narrow, longest_side, reduced
 
 SIDE, BOX = 28, 20
 with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed
@@ -246,14 +246,14 @@ def _find(values: np.ndarray) -> Grey | None:
     # archives (USPS, Semeion, optdigits).
     tiny = min(grey.shape) <= 40
     even = grey if tiny else _even_light(grey)
-    strength = _find_at_working_size(even, tiny, tiny)
+    strength = _find_at_working_size(even, tight=tiny, tiny=tiny)
     if strength is not None and not tiny and (sheet := sheet_of_paper((strength > 0.5).astype(np.uint8))):
         on_sheet = _find(_upright(values, sheet, max(grey.shape) / max(strength.shape)))
         if on_sheet is not None:
             return on_sheet
     # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.
-    narrow = not tiny and min(grey.shape) <= 0.6 * max(grey.shape)
-    if narrow and (strength is None or max(strength[box_of(strength > 0.5)].shape) > 0.8 * max(strength.shape)):
+    narrow = not tiny and is_narrow(grey)
+    if narrow and (strength is None or longest_side(strength > 0.5) > 0.8 * max(strength.shape)):
         as_crop = _find_at_working_size(grey, tight=True)
         if as_crop is not None:
             return as_crop

@@ -5,7 +5,19 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from mnist_accel.parts import Grey, Mask, Parts, box_of, distance_to_paper, fitted, grown, stroke_width
+from mnist_accel.parts import (
+    Grey,
+    Mask,
+    Parts,
+    box_of,
+    distance_to_paper,
+    fitted,
+    grown,
+    is_narrow,
+    longest_side,
+    stroke_width,
+    without_holes,
+)
 
 # A rotated rectangle as OpenCV has it: its middle and its size, x and y in pixels, and its angle in degrees.
 Sheet = tuple[Sequence[float], Sequence[float], float]
@@ -40,7 +52,7 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
             rest = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
             digit = _of_one_pen(_digit_parts(_inked(rest, noise), rest), rest)
             # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left.
-            if max(digit[box_of(digit)].shape) > 0.12 * max(digit.shape) and not _is_shading(strength, digit):
+            if longest_side(digit) > 0.12 * max(digit.shape) and not _is_shading(strength, digit):
                 return _sharpened(rest, digit)
     digit = _of_one_pen(_digit_parts(mask, strength), strength)
     found = digit.any() and (tiny or not _is_shading(strength, digit))
@@ -84,8 +96,8 @@ def _otsu(smooth: Grey) -> float:
 def _paper(smooth: Grey, tight: bool) -> Grey:
     """The image with all that is dark and narrower than a third of it, as any pen's stroke is, filled in."""
     # In a narrow photo the longer side says little of the strokes.
-    narrow = not tight and min(smooth.shape) <= 0.6 * max(smooth.shape)
-    reach = int(0.35 * (smooth.size**0.5 if narrow else max(smooth.shape))) | 1
+    side = smooth.size**0.5 if is_narrow(smooth) and not tight else max(smooth.shape)
+    reach = int(0.35 * side) | 1
     closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
     even = cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
     # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
@@ -130,8 +142,7 @@ def _ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
 
 def _filled(mask: Mask, strength: Grey, smooth: Grey) -> tuple[Mask, Grey]:
     """Mask and strength, with the inside of a shape too broad for `_paper` to see past, found as its outline only."""
-    inside = np.zeros_like(mask)
-    cv2.drawContours(inside, cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0], -1, 1, cv2.FILLED)
+    inside = without_holes(mask)
     around = grown(inside, 11) & ~grown(inside, 5)
     holes = Parts(inside & ~mask)
     if holes.count < 2 or not around.any() or holes.size[holes.largest()].min() <= 0.1 * max(mask.shape):
@@ -213,10 +224,11 @@ def _is_frame(shape: Mask) -> bool:
 def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
     """Whether a thin ring or box, about as wide as high, has a part inside that is a good deal of its height."""
     height, width = shape[box_of(shape)].shape
-    outline = cv2.findContours(shape, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
-    filled = cv2.drawContours(np.zeros_like(shape), outline, -1, 1, cv2.FILLED)
+    if not 0.75 < width / height < 1.33:
+        return False
+    filled = without_holes(shape)
     holes = Parts(filled & ~shape)
-    if holes.count < 2 or not 0.75 < width / height < 1.33:
+    if holes.count < 2:
         return False
     hole = holes.mask(holes.largest())
     inside = hole & (parts.labels > 0)
@@ -310,7 +322,7 @@ def _of_one_pen(digit: Mask, strength: Grey) -> Mask:
         return digit
     pen = _digit_parts(digit & (strength > 0.4 * float(np.median(inside[strong]))), strength)
     # A blot on a pencil's digit is no digit.
-    return pen if max(pen[box_of(pen)].shape) > 0.35 * max(digit[box_of(digit)].shape) else digit
+    return pen if longest_side(pen) > 0.35 * longest_side(digit) else digit
 
 
 def _sharpened(strength: Grey, digit: Mask) -> Grey:

@@ -27,6 +27,21 @@ def box_of(image: np.ndarray) -> tuple[slice, slice]:
     return slice(top, top + height), slice(left, left + width)
 
 
+def longest_side(mask: np.ndarray) -> int:
+    """The longest side, in pixels, of the tight box around all that is not 0."""
+    return max(mask[box_of(mask)].shape)
+
+
+def is_narrow(image: np.ndarray) -> bool:
+    """Whether one side is at most 0.6 of the other: a phone's photo, or a close crop of a narrow digit."""
+    return min(image.shape[:2]) <= 0.6 * max(image.shape[:2])
+
+
+def without_holes(mask: Mask) -> Mask:
+    outlines = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    return cv2.drawContours(np.zeros_like(mask), outlines, -1, 1, cv2.FILLED)
+
+
 def grown(mask: np.ndarray, side: int) -> np.ndarray:
     return cv2.dilate(mask, np.ones((side, side), np.uint8))
 
