@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
@@ -130,6 +131,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no checkpoint at {path}: give a folder checkpoints/step_XXXXXXXX of a run, or --resume auto")
     try:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():  # torch.load compares no checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parts do: pickle, zip, runtime and key errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

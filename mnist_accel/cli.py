@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -94,11 +95,20 @@ class CommandLine(argparse.ArgumentParser):
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports, which make a million objects that stay: Python's collector would look at them again and again."""
+    """Around imports, which make a million objects that stay: Python's collector would look at them again and again.
+
+    Ctrl-C ends the process at once: torch's C++ modules abort where Python raises while they are imported.
+    """
+    interruptible = threading.current_thread() is threading.main_thread()
+    interruptible &= signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()
     try:
         yield
     finally:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         gc.freeze()
         gc.enable()
         # What is still frozen when Python ends counts as leaked, and some C++ modules then list all of theirs.
@@ -118,6 +128,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
     except UserError as error:
         status = _report(str(error))
     except OSError as error:

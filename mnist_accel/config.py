@@ -91,7 +91,9 @@ class TrainConfig:
     seed: int = option(0, "of initial weights, order of images, augmentation and dropout", type=COUNT)
     deterministic: bool = option(False, "bit-reproducible kernels; slower on a GPU", action=SWITCH)
     log_every: int = option(100, "optimizer steps between progress lines; each epoch ends with one too", type=POSITIVE)
-    report_to: str = option("tensorboard", "'none', or any tracker that Accelerate knows")
+    report_to: str = option(
+        "tensorboard", "'none', or any tracker that Accelerate knows", type=lambda text: _text_or_off(text) or "none"
+    )
     push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", type=_REPOSITORY)
     auto_batch_size: bool = option(
         False, "when memory runs out, halve the micro-batch and double accumulation", action=SWITCH
@@ -136,10 +138,14 @@ def _file_arguments(path: Path) -> list[str]:
     arguments = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name == PROVENANCE:
+        # A run's own record repeats what the run computed, not where that began or was sent.
+        elsewhere = name == "push_to_hub" or (name == "resume" and value != "auto")
+        if name == PROVENANCE or (PROVENANCE in content and elsewhere):
             continue
         if name not in defaults:
             raise UserError(f"unknown option {key!r}; see train.py --help for the options")
+        if value is None and defaults[name] is not None:
+            continue  # `option:` with nothing behind it
         if value is True or (value is False and defaults[name] is False):
             arguments.append(f"--{name}" if value else f"--no-{name}")
         else:  # YAML reads `off` as false

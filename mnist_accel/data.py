@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,20 @@ def load_data(name: str) -> ImageData:
         if not files:
             raise UserError(f"no data files in {folder}: give a folder of IDX files, of parquet files, or a Hub id")
         facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return _cached([facts, config], lambda: _from_idx(folder, *idx) if idx else load_folder(name, folder, config))
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base):
+        make = partial(_from_idx, name, *idx) if idx else partial(load_folder, name, folder, config)
+        return _cached(name, [facts, config], make)
+    hub_id = hub_dataset(name)
+    if hub_id is None:
         raise UserError(f"no folder {base!r}: give an existing folder, a Hub id such as ylecun/mnist, or digits")
-    return _cached([base, config], lambda: load_folder(name, download_files(base, kind="dataset"), config))
+    return _cached(name, [hub_id, config], lambda: load_folder(name, download_files(hub_id, kind="dataset"), config))
+
+
+def hub_dataset(name: str) -> str | None:
+    """The Hub id in a data set's name as `load_data` takes it; None for `digits` and for what lies on this disk."""
+    base = name.partition(":")[0]
+    on_disk = any(os.path.exists(os.path.expanduser(path)) for path in (name, base))
+    is_id = name != "digits" and not on_disk and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", base)
+    return base if is_id else None
 
 
 def check_data(train: Split, test: Split, class_names: list[str], source: str) -> ImageData:
@@ -89,7 +100,12 @@ def check_data(train: Split, test: Split, class_names: list[str], source: str) -
         raise UserError(
             f"{source} has no {'test' if len(train.images) else 'training'} images: choose another data set"
         )
-    low, high = torch.cat((train.labels, test.labels)).aminmax()
+    labels = torch.cat((train.labels, test.labels)).unique()
+    low, high = labels.aminmax()
+    if not class_names and high > 10 + 2 * len(labels):
+        raise UserError(
+            f"{source} has labels up to {high}, but only {len(labels)} different ones: number its classes from 0"
+        )
     class_names = class_names or [str(label) for label in range(int(high) + 1)]
     if low < 0 or high >= len(class_names):
         raise UserError(
@@ -159,12 +175,12 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path} cannot be read ({error}): fetch it again") from error
     header = 4 + 4 * dimensions
-    if magic != 0x800 + dimensions or len(data) != header + math.prod(shape):
+    if magic != 0x800 + dimensions or len(data) != header + math.prod(shape) or 0 in shape[1:]:
         raise UserError(f"{path} is not a whole IDX file of {dimensions}-dimensional unsigned bytes: fetch it again")
     return np.frombuffer(bytearray(data), np.uint8, offset=header).reshape(shape)
 
 
-def _from_idx(folder: Path, *files: Path) -> ImageData:
+def _from_idx(name: str, *files: Path) -> ImageData:
     from PIL import Image
 
     splits = []
@@ -175,7 +191,7 @@ def _from_idx(folder: Path, *files: Path) -> ImageData:
         if len(images) and images.shape[1:] != (SIZE, SIZE):
             images = np.stack([scale_image(Image.fromarray(image), str(image_file)) for image in images])
         splits.append(Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))))
-    return check_data(splits[0], splits[1], [], str(folder))
+    return check_data(splits[0], splits[1], [], name)
 
 
 def scale_image(image: Any, where: str) -> np.ndarray:
@@ -186,6 +202,10 @@ def scale_image(image: Any, where: str) -> np.ndarray:
         raise UserError(f"{where} has pixels of more than 8 bits (mode {image.mode}): save it with 8 bits a channel")
     if image.width != image.height:
         raise UserError(f"{where} is {image.width}x{image.height}: only square images can be scaled to {SIZE}x{SIZE}")
+    if image.has_transparency_data:  # laid over paper that what is visible stands out from
+        grey, visible = (np.asarray(band, np.float32) for band in image.convert("LA").split())
+        paper = 0 if (grey * visible).sum() > 127 * visible.sum() else 255
+        image = Image.fromarray(np.uint8(paper + (grey - paper) * (visible / 255) + 0.5))
     # As MNIST was made: shrinking averages over area.
     method = Image.Resampling.BOX if image.width > SIZE else Image.Resampling.BICUBIC
     return np.asarray(image.convert("L").resize((SIZE, SIZE), method))
@@ -194,15 +214,18 @@ def scale_image(image: Any, where: str) -> np.ndarray:
 # The cache
 
 
-def _cached(key: list[Any], make: Callable[[], ImageData]) -> ImageData:
-    """The data set of this key from the cache, else made and put there by one process while the others wait."""
+def _cached(name: str, key: list[Any], make: Callable[[], ImageData]) -> ImageData:
+    """The data set of this key from the cache, else made and put there by one process while the others wait.
+
+    `name` is what it is called this time: one folder can be given in several ways.
+    """
     from filelock import FileLock
 
     # The folder follows the rule of huggingface_hub, without importing it.
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, *key]).encode()).hexdigest()[:32]
     file = Path(home, "mnist_accel", f"{digest}.safetensors").expanduser()
-    if data := _read_cache(file):
+    if data := _read_cache(file, name):
         return data
     began = time.time()
     lock, failure = FileLock(file.with_suffix(".lock")), file.with_suffix(".failed")
@@ -210,26 +233,27 @@ def _cached(key: list[Any], make: Callable[[], ImageData]) -> ImageData:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
-        if data := _read_cache(file):
+        if data := _read_cache(file, name):
             return data
         with suppress(OSError):  # another process's failure: do not wait for the Hub once more for every process
             if failure.stat().st_mtime >= began:
-                raise UserError(failure.read_text())
+                raise UserError(failure.read_text(encoding="utf-8"))
         try:
             data = make()
         except UserError as error:
             with suppress(OSError):
-                failure.write_text(str(error))
+                failure.write_text(str(error), encoding="utf-8")
             raise
-        _write_cache(file, data)
+        _write_cache(file, name, data)
         return data
     finally:
         lock.release()
 
 
-def _write_cache(file: Path, data: ImageData) -> None:
+def _write_cache(file: Path, name: str, data: ImageData) -> None:
     tensors = {f"{name}_{kind}": tensor for name in SPLITS for kind, tensor in vars(getattr(data, name)).items()}
-    facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "source": data.source}
+    remarks = data.source.removeprefix(name)
+    facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "remarks": remarks}
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         partial.write_bytes(save(tensors, facts))
@@ -242,12 +266,14 @@ def _write_cache(file: Path, data: ImageData) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _read_cache(file: Path) -> ImageData | None:
+def _read_cache(file: Path, name: str) -> ImageData | None:
     """The data set of a cache file, mapped into memory; nothing if the file is missing or damaged."""
     try:
         with safe_open(file, "pt") as archive:
             facts = archive.metadata()
             train, test = (Split(*(archive.get_tensor(f"{name}_{kind}") for kind in KINDS)) for name in SPLITS)
-        return ImageData(train, test, json.loads(facts["class_names"]), facts["fingerprint"], facts["source"])
+        return ImageData(
+            train, test, json.loads(facts["class_names"]), facts["fingerprint"], source=name + facts["remarks"]
+        )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

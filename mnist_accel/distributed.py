@@ -57,6 +57,8 @@ def build_accelerator(
     except ValueError as error:
         # Accelerate's own refusals are about the launch: bf16 without hardware for it, an unknown tracker ...
         raise UserError(f"Accelerate cannot start so: {error}") from error
+    if trackers and not accelerator.log_with:
+        raise UserError(f"--report-to {trackers}: its package is not installed; install it, or use --report-to none")
     asked_for = int(os.environ.get("WORLD_SIZE", "1"))
     if asked_for != accelerator.num_processes:
         raise UserError(

@@ -117,6 +117,9 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
 
     `model` is the plain network, never the one that DDP wraps, which would wait for ranks with fewer batches. Also
     returns the logits, float32 (N, C) on the CPU.
+
+    Raises:
+        UserError: on all ranks, when a logit is not finite: training has diverged.
     """
     ranks, rank, total = accelerator.num_processes, accelerator.process_index, len(split.labels)
     own = slice(total * rank // ranks, total * (rank + 1) // ranks)
@@ -125,6 +128,11 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
         with accelerator.autocast():
             logits[own] = predict_logits(model, split.images[own], accelerator.device)
     logits = accelerator.reduce(logits, reduction="sum").cpu()  # the rows of other ranks are zero
+    if not torch.isfinite(logits).all():
+        raise UserError(
+            "the network's answers are not finite numbers: the last steps have diverged; lower --learning-rate or set "
+            "--max-grad-norm 1"
+        )
     return _measure([logits], [model], split.labels, model.class_names), logits
 
 

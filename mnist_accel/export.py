@@ -83,7 +83,8 @@ def _metadata(model: DigitClassifier) -> dict[str, str]:
         "temperature": str(model.temperature),
         "no_digit_level": str(model.no_digit_level),
         "input": INPUT_DESCRIPTION,
-        "output": "float32 (N, classes) logits; softmax(logits / temperature) gives confidences",
+        "output": "float32 (N, classes) logits; with s = logits / temperature and q = sigmoid(2 * (no_digit_level - "
+        "logsumexp(s))), confidences are (1 - q) * softmax(s) + q / classes",
         "producer": f"mnist_accel {__version__}",
     }
 

@@ -61,19 +61,22 @@ def draw_curves(rows: list[dict[str, Any]], path: Path | None = None) -> np.ndar
         loss.set(title="Loss", xlabel="epoch")
         loss.legend()
         score.plot(epochs, 100 * accuracy, "s--", color=VERMILION, markersize=4)
+        title = "Accuracy, %"
         if rows:
             best = int(accuracy.argmax())
-            label = f"best: {accuracy[best]:.2%} at epoch {epochs[best]:g}"
-            score.plot(epochs[best], 100 * accuracy[best], "*", color=BLUE, markersize=15, label=label, clip_on=False)
-            score.legend()
+            score.plot(epochs[best], 100 * accuracy[best], "*", color=BLUE, markersize=15, clip_on=False)
+            title += f": best {100 * accuracy[best]:.2f} in epoch {epochs[best]:g}"
         score.margins(y=0.15)
-        score.set(title="Evaluation accuracy, %", xlabel="epoch", ylim=np.clip(score.get_ylim(), 0, 100))
+        score.set(title=title, xlabel="epoch", ylim=np.clip(score.get_ylim(), 0, 100))
         score.ticklabel_format(axis="y", useOffset=False)
         rate.plot(epochs, rates, ".-", color=GREY)
         rate.set(title="Learning rate", xlabel="epoch")
+        rate.margins(y=0.2)
         rate.set_ylim(bottom=0)
         for axis in axes.values():
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            if rows:
+                axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
         return render_figure(figure, path)
 
 

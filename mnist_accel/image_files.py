@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import signal
 import stat
 import subprocess
 import sys
@@ -31,7 +30,10 @@ IMAGE_ENDINGS = (
 TOGETHER = 32
 # Files that are read before they are asked for, as many as small files take while torch is imported (13 MB of digits).
 AHEAD = 16_384
-PROGRAM = "from mnist_accel.image_files import serve; serve()"
+# Ctrl-C is for the process that asks, from the first moment.
+PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom mnist_accel.image_files import serve; serve()"
+)
 
 
 def find_images(folder: Path, leaving_out: Path | None = None) -> list[bytes]:
@@ -162,7 +164,6 @@ class Readers:
 
 def serve() -> None:
     """Answer the requests that come on stdin, on stdout, until stdin ends: the program of a reader's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     os.nice(5)  # importing torch, and then the network, is what everything waits for
     import cv2
 

@@ -36,12 +36,12 @@ class StepBatch:
     """One process's share of a global batch.
 
     Attributes:
-        micro_batches: pairs of float images (n, 1, 28, 28) in 0..1 and int64 labels (n,), which
-            index `label_targets`: a class, `NO_DIGIT`, or `IGNORED_LABEL` where padded.
+        micro_batches: float images (n, 1, 28, 28) in 0..1; int64 labels (n,), which index `label_targets`: a class,
+            `NO_DIGIT`, or `IGNORED_LABEL` where padded; and what dropout keeps, float (n, features), None for all.
         size: real images in the whole global batch, over all processes.
     """
 
-    micro_batches: list[tuple[Tensor, Tensor]]
+    micro_batches: list[tuple[Tensor, Tensor, Tensor | None]]
     size: int
 
 
@@ -57,6 +57,7 @@ class ResidentLoader:
         batch_size: images a global batch, over all processes and micro-batches.
         rank, num_processes: which share is this process's.
         micro_batches: how many parts (gradient accumulation steps) that share is split into.
+        dropout, features: which part of so many numbers an image is dropped before a network's last layer.
 
     Raises:
         UserError: `batch_size` does not divide evenly.
@@ -73,6 +74,8 @@ class ResidentLoader:
         seed: int = 0,
         device: torch.device | str = "cpu",
         augmentation: Augmentation | None = None,
+        dropout: float = 0.0,
+        features: int = 0,
     ) -> None:
         if batch_size % (num_processes * micro_batches):
             raise UserError(
@@ -82,6 +85,7 @@ class ResidentLoader:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
+        self.dropout, self.features = dropout, features
         share = batch_size // num_processes
         size = share // micro_batches
         self.slices = [slice(rank * share + i * size, rank * share + (i + 1) * size) for i in range(micro_batches)]
@@ -100,7 +104,9 @@ class ResidentLoader:
         size, padding = len(indices), self.batch_size - len(indices)
         if padding:
             indices = torch.cat([indices, indices[:1].expand(padding)])
+        # As all that is random, drawn for the global batch: on any number of processes an image gets the same.
         draws = draw(self.augmentation, self.batch_size, self.seed, step) if self.augmentation else {}
+        kept = self._kept(step) if self.dropout else None
         micro_batches = []
         for part in self.slices:
             images = self.images[indices[part]].unsqueeze(1).float().div_(255)
@@ -110,8 +116,14 @@ class ResidentLoader:
             if self.augmentation:
                 own = {name: tensor[part] for name, tensor in draws.items()}
                 images = distort(images, labels, self.augmentation, own)
-            micro_batches.append((images, labels))
+            own_kept = None if kept is None else kept[part].to(images.device, non_blocking=True)
+            micro_batches.append((images, labels, own_kept))
         return StepBatch(micro_batches, size)
+
+    def _kept(self, step: int) -> Tensor:
+        """For each image of the global batch and each feature 0, or 1 over the part that is kept; on the CPU."""
+        uniform = torch.rand(self.batch_size, self.features, generator=generator(self.seed, "dropout", step))
+        return uniform.ge_(self.dropout).div_(1 - self.dropout)
 
 
 def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:

@@ -1,10 +1,30 @@
 """The README.md beside saved weights: what the model is, how it was made, how it did, how to use it."""
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from mnist_accel.config import TrainConfig
+from mnist_accel.data import hub_dataset
+from mnist_accel.evaluation import Evaluation
 from mnist_accel.models import DigitClassifier, count_parameters
+
+
+def describe(
+    config: TrainConfig, fingerprint: str, split: str, result: Evaluation, row: dict[str, Any]
+) -> dict[str, Any]:
+    """The facts that stand beside saved weights, which `split` of the data gave the result and the epoch's row."""
+    return {
+        "dataset": config.dataset,
+        "dataset_fingerprint": fingerprint,
+        "split": split,
+        "accuracy": result.accuracy,
+        "loss": result.loss,
+        "epoch": row["epoch"],
+        "step": row["step"],
+        "options": config.options(),
+    }
 
 
 def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
@@ -12,10 +32,11 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
 
     Args:
         model: the network.
-        facts: `dataset`, `epoch`, `step`, `split` (that was evaluated), `accuracy` (0..1), `loss`, `options`; where
-            these weights were chosen on another split, `test_accuracy` too.
+        facts: as from `describe`; where these weights were chosen on another split, `test_accuracy` too.
     """
-    dataset, split, accuracy, task = facts["dataset"], facts["split"], facts["accuracy"], "image-classification"
+    split, accuracy, task = facts["split"], facts["accuracy"], "image-classification"
+    hub_id = hub_dataset(facts["dataset"])
+    dataset = hub_id or Path(facts["dataset"]).expanduser().resolve().name
     accuracies = {split: accuracy}
     if "test_accuracy" in facts:
         accuracies["test"] = facts["test_accuracy"]
@@ -24,7 +45,7 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
         library_name="mnist_accel",
         pipeline_tag=task,
         tags=["mnist", "accelerate", "safetensors"],
-        datasets=[dataset] if dataset.count("/") == 1 and not dataset.startswith((".", "/", "~")) else None,
+        datasets=[hub_id] if hub_id else None,
         metrics=["accuracy"],
         model_name=model.name,
         eval_results=[

@@ -1,12 +1,13 @@
 """The networks, and how weights are written and read back.
 
 Every network takes float images (N, 1, 28, 28) in 0..1, white ink on black, and returns logits (N, classes):
-normalisation is inside it, so that an exported file needs none.
+normalisation is inside it, so that an exported file needs none. The training loop also gives it what `Dropout` keeps.
 """
 
 import json
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class DigitClassifier(nn.Module):
 
     name: str
     class_names: list[str]
+    dropout: "Dropout"
     temperature: float
     no_digit_level: float
 
@@ -51,6 +53,20 @@ class DigitClassifier(nn.Module):
         return (images - MNIST_MEAN) / MNIST_STD
 
 
+class Dropout(nn.Dropout):
+    """Dropout that can be told what to keep of each image's `features` numbers, and by how much to scale it.
+
+    Training draws that for the global batch: masks that each process draws for itself depend on their number.
+    """
+
+    def __init__(self, dropout: float, features: int) -> None:
+        super().__init__(dropout)
+        self.features = features
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        return super().forward(x) if kept is None else x * kept
+
+
 class MnistNet(DigitClassifier):
     """The original network, 421,642 parameters at 10 classes.
 
@@ -64,16 +80,16 @@ class MnistNet(DigitClassifier):
         self.conv1 = Convolution(1, 32, 3, padding=1)
         self.conv2 = Convolution(32, 64, 3, padding=1)
         self.linear1 = nn.Linear(64 * 7 * 7, 128)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout, 128)
         self.linear2 = nn.Linear(128, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         x = self.normalise(images)
         x = to_onednn(x) if self.training else x
         x = F.relu(F.max_pool2d(self.conv1(x), 2, stride=2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2, stride=2))
         x = F.relu(self.linear1(to_plain(x).flatten(1)))
-        return self.linear2(self.dropout(x))
+        return self.linear2(self.dropout(x, kept))
 
 
 class ResidualNet(DigitClassifier):
@@ -95,20 +111,21 @@ class ResidualNet(DigitClassifier):
         self.residual2 = nn.Conv2d(second, second, 3, padding=1)
         self.conv3 = nn.Conv2d(second, third, 3, padding=1)
         self.residual3 = nn.Conv2d(third, third, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(third * (7 // pool) ** 2, num_classes)
+        features = third * (7 // pool) ** 2
+        self.dropout = Dropout(dropout, features)
+        self.linear = nn.Linear(features, num_classes)
         for convolution in (self.conv1, self.conv2, self.conv3):
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
         for convolution in (self.residual2, self.residual3):
             nn.init.zeros_(convolution.weight)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         x = F.relu(F.max_pool2d(self.conv1(self.normalise(images)), 2))
         x = F.relu(self.conv2(x))
         x = F.relu(F.max_pool2d(x + self.residual2(x), 2))
         x = F.relu(self.conv3(x))
         x = F.avg_pool2d(F.relu(x + self.residual3(x)), self.pool)
-        return self.linear(self.dropout(x.flatten(1)))
+        return self.linear(self.dropout(x.flatten(1), kept))
 
 
 class FastNet(DigitClassifier):
@@ -124,14 +141,14 @@ class FastNet(DigitClassifier):
         self.conv1 = nn.Conv2d(1, 24, 5, stride=2, padding=2)
         self.conv2 = nn.Conv2d(24, 32, 3, padding=1)
         self.conv3 = nn.Conv2d(32, 32, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout, 32 * 7 * 7)
         self.linear = nn.Linear(32 * 7 * 7, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         x = F.relu(self.conv1(self.normalise(images)))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
         x = F.relu(self.conv3(x))
-        return self.linear(self.dropout(x.flatten(1)))
+        return self.linear(self.dropout(x.flatten(1), kept))
 
 
 # Name to a network of (classes, dropout). The names are repeated in config.py, which does without torch.
@@ -160,6 +177,20 @@ def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def packed(model: DigitClassifier) -> dict[str, Any]:
+    """A copy of all that training and calibration made of a network: tensors and numbers."""
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    return {"weights": weights, "temperature": model.temperature, "no_digit_level": model.no_digit_level}
+
+
+def unpacked(model: DigitClassifier, content: dict[str, Any]) -> DigitClassifier:
+    """A copy of `model` with the content that `packed` took from one like it."""
+    model = deepcopy(model)
+    model.load_state_dict(content["weights"])
+    model.temperature, model.no_digit_level = content["temperature"], content["no_digit_level"]
+    return model
 
 
 def save_model(model: DigitClassifier, folder: Path, /, **facts: Any) -> None:
@@ -225,7 +256,7 @@ def find_weights(path_or_hub_id: str | Path | None) -> Path:
     """
     if path_or_hub_id is None:
         return SHIPPED
-    path = Path(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         for folder in (path, path / "best", path / "final"):
             if (folder / WEIGHTS_NAME).is_file():

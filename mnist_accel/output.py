@@ -36,6 +36,8 @@ def check_writable(path: Path) -> None:
     """Raises UserError if there can be no file of this name."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give the name of a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: no folder {path.parent}; make it, or give another name")
     try:
         with suppress(_OnlyTrying), replacing(path) as temporary:
             temporary.touch()
@@ -79,11 +81,17 @@ def new_file(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or give another name") from error
 
 
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture in the format that its name ends in; raises `UserError` where there can be no such file."""
+def picture_format(path: Path) -> str:
+    """The format that a picture's name ends in; raises `UserError` where pictures cannot be written so."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise UserError(f"cannot write the picture {path}: its name should end in .png")
+    return kind
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format that its name ends in; raises `UserError` where there can be no such file."""
+    kind = picture_format(path)
     with new_file(path) as temporary:
         picture.save(temporary, format=kind)
 

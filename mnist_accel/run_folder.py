@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -29,13 +30,15 @@ from mnist_accel.model_card import model_card
 from mnist_accel.models import CONFIG_NAME, DigitClassifier, save_model
 from mnist_accel.output import replacing
 
+# What a checkpoint holds; by the options and the data's fingerprint it is known of which run it is.
+CONTENT = {"options", "fingerprint", "state", "model", "average", "best", "optimizer", "scaler"}
 OWN_NAMES = ("config.yaml", "metrics.jsonl", "best", "final", "checkpoints")
 
 
 def choose_folder(config: TrainConfig) -> Path:
     """`--output-dir`, else the folder of the run that `--resume PATH` names, else a new `runs/<date-time>`."""
     if config.output_dir:
-        return Path(config.output_dir)
+        return Path(config.output_dir).expanduser()
     if resumed := _resumed_run(config):
         return resumed
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -48,8 +51,8 @@ def _resumed_run(config: TrainConfig) -> Path | None:
     """The run that `--resume PATH` names itself or by one of its checkpoints."""
     if config.resume is None or config.resume == "auto":
         return None
-    resumed = Path(config.resume)
-    return resumed.parent.parent if resumed.name.startswith("step_") else resumed
+    resumed = Path(config.resume).expanduser()
+    return Path(os.path.normpath(resumed / ".." / "..")) if resumed.name.startswith("step_") else resumed
 
 
 @contextmanager
@@ -93,16 +96,20 @@ class RunFolder:
         if config.resume == "auto":
             candidates = complete_checkpoints(self.checkpoints)
         elif config.resume is not None:
-            candidates = complete_checkpoints(Path(config.resume) / "checkpoints") or [Path(config.resume)]
+            resumed = Path(config.resume).expanduser()
+            candidates = complete_checkpoints(resumed / "checkpoints") or [resumed]
         checkpoint = _newest_readable(candidates)
         then, what = checkpoint or {}, "the checkpoint"
-        if checkpoint is None and any((self.path / name).exists() for name in OWN_NAMES):
-            if config.resume != "auto":
+        elsewhere = checkpoint is not None and not candidates[0].resolve().is_relative_to(self.path.resolve())
+        if (checkpoint is None or elsewhere) and any((self.path / name).exists() for name in OWN_NAMES):
+            begun = self._started_with()
+            same = config.resume == "auto" or (elsewhere and begun.get("options", {}).get("resume") == config.resume)
+            if not same or (self.path / "final").exists():
                 raise UserError(
                     f"{self.path} already holds a run: choose another --output-dir, or continue with --resume auto"
                 )
             # It died before its first checkpoint: it may start again, but not as another run.
-            then, what = self._started_with(), f"the run in {self.path}"
+            then, what = then or begun, f"the run in {self.path}"
         differences = differing_options(then.get("options", {}), config)
         data_then = then.get("fingerprint", fingerprint)
         if data_then != fingerprint:
@@ -111,11 +118,8 @@ class RunFolder:
             raise UserError(
                 f"{what} is of another run: {'; '.join(differences)}: give the same options, or another --output-dir"
             )
-        resumed = _resumed_run(config)
         with _user_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            if resumed is not None and (resumed / "best").is_dir() and not (self.path / "best").exists():
-                shutil.copytree(resumed / "best", self.path / "best")  # a new folder needs the best weights so far
         return checkpoint
 
     def _started_with(self) -> dict[str, Any]:
@@ -130,7 +134,7 @@ class RunFolder:
         """`config.yaml`: every option as used, and under `provenance` what else it takes to repeat the run."""
         content = config.options() | {"output_dir": str(self.path)}
         content[PROVENANCE] = {
-            "command": " ".join(sys.argv),
+            "command": shlex.join(sys.argv),
             "dataset_source": data.source,
             "dataset_fingerprint": data.fingerprint,
             "world_size": accelerator.num_processes,
@@ -156,7 +160,7 @@ class RunFolder:
             with _user_error(folder):
                 staging.mkdir()  # without its parents: a run's folder that has gone is not made again
                 save_model(model, staging, **facts)
-                (staging / "README.md").write_text(model_card(model, facts))
+                (staging / "README.md").write_text(model_card(model, facts), encoding="utf-8")
                 folder.mkdir(exist_ok=True)
             for file in sorted(staging.iterdir(), reverse=True):
                 with _written_whole(folder / file.name) as temporary:
@@ -188,7 +192,10 @@ def _newest_readable(candidates: list[Path]) -> dict[str, Any] | None:
     """The newest checkpoint that is not damaged; a damaged disk costs a checkpoint, not the run."""
     for path in reversed(candidates):
         try:
-            return read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
+            if not (isinstance(checkpoint, dict) and checkpoint.keys() >= CONTENT):
+                raise UserError(f"{path} is no checkpoint of this version: train anew, in another --output-dir")
+            return checkpoint
         except UserError as error:
             if path == candidates[0]:
                 raise

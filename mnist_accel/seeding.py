@@ -18,14 +18,3 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator for one purpose: the same numbers whatever device they are used on."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
-
-
-def reseed(device: torch.device, seed: int) -> None:
-    """Seed the global generator that dropout on `device` draws from.
-
-    On a CPU not by `torch.manual_seed`: that also notes the call for every kind of GPU, which costs 1% of a step.
-    """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mnist_accel.cli import UserError
 from mnist_accel.image_files import Seen
-from mnist_accel.output import check_writable, write_picture
+from mnist_accel.output import check_writable, picture_format, write_picture
 
 # The sheet shows this many images, from the first: more would not be looked at.
 PICTURES = 200
@@ -19,8 +18,7 @@ TEXT, FAINT, RIGHT, WRONG = "#222222", "#5f6368", "#2a7f3f", "#c0202a"
 
 def check_sheet(path: Path) -> None:
     """Raises UserError if no picture can be written under this name."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"cannot draw a sheet as {path}: its name should end in .png")
+    picture_format(path)
     check_writable(path)
 
 
@@ -34,7 +32,7 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
     columns = max(1, min(COLUMNS, len(items)))
     rows = max(1, -(-len(items) // columns))
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), PAPER)
-    draw, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(14), ImageFont.load_default(10)
+    draw, font, small = ImageDraw.Draw(sheet), _font(13), _font(9)
     for i, (file, label) in enumerate(items):
         x, y = GAP + i % columns * width, GAP + i // columns * height
         right, line = x + 2 * IMAGE + GAP, y + IMAGE + 1
@@ -49,10 +47,22 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
         if label not in (None, file.prediction):
             answer, colour = f"{answer}  not {class_names[label]}", WRONG
             draw.rectangle((x - 2, y - 2, right + 1, y + IMAGE + LINE + NAME + 2), outline=WRONG, width=2)
-        draw.text((x + 2, line), answer, fill=colour, font=font)
-        draw.text((right, line), f"{file.confidence:.0%}", fill=FAINT, font=font, anchor="ra")
-        name, room = file.path.rpartition("/")[2].replace("\n", " "), 2 * IMAGE + GAP - 4
-        while draw.textlength(name, small) > room:
+        confidence = f"{file.confidence:.0%}"
+        draw.text((right, line), confidence, fill=FAINT, font=font, anchor="ra")
+        room = right - x - 8 - draw.textlength(confidence, font)
+        fitting = font if draw.textlength(answer, font) <= room else small
+        while draw.textlength(answer, fitting) > room:
+            answer = answer.removesuffix("…")[:-1] + "…"
+        draw.text((x + 2, line), answer, fill=colour, font=fitting)
+        name = file.path.rpartition("/")[2].replace("\n", " ")
+        while draw.textlength(name, small) > right - x - 4:
             name = "…" + name.removeprefix("…")[1:]  # the end of a name tells files of a camera apart
         draw.text((x + 2, line + LINE), name, fill=FAINT, font=small)
     write_picture(sheet, path)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, as figures have it: Pillow's own font knows no accents, no Greek and no Cyrillic."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

@@ -50,7 +50,9 @@ class Summary:
             confusion, unlabelled = self.counts[:-1, :-1], self.counts[-1].sum()
             right, known = confusion.trace(), confusion.sum()
             share = f"{right}/{known} ({right / known:.2%})" if known else "none of the labelled images could be read"
+            unread = self.counts[:-1, -1].sum()
             rest = f", {unlabelled} without a label" if unlabelled else ""
+            rest += f", {unread} with a label could not be read" if unread and known else ""
             lines += [f"Accuracy: {share}{rest}", "Confusion matrix (rows: label, columns: prediction)"]
             width = max(5, 1 + max(map(len, [*self.class_names, str(confusion.max())])))
             for name, cells in zip(["", *self.class_names], [self.class_names, *confusion], strict=True):

@@ -21,11 +21,12 @@ from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
 from mnist_accel.hub import upload_folder
 from mnist_accel.loader import ResidentLoader, hold_out, label_targets
 from mnist_accel.micro_batch import allocate_gradients, halvings_to_fit
-from mnist_accel.models import DigitClassifier, build_model, load_model
+from mnist_accel.model_card import describe
+from mnist_accel.models import DigitClassifier, build_model, load_model, packed, unpacked
 from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
 from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
-from mnist_accel.seeding import derive_seed, reseed
+from mnist_accel.seeding import derive_seed
 
 # Reading a number from a GPU waits for the work queued there: only every so many steps, and before anything is written,
 # the loop looks at its loss and asks the other ranks about signals. On a CPU it does so every step.
@@ -58,16 +59,15 @@ class Trainer:
             from mnist_accel.non_digits import with_non_digits
 
             train_split = with_non_digits(train_split, config.non_digits, config.seed)
-        self.loader = self._build_loader(train_split)
         torch.manual_seed(derive_seed(config.seed, "weights"))
         # channels_last is the layout in which CPUs and tensor cores convolve without reordering.
         self.network = build_model(config.model, self.data.class_names, config.dropout).to(device)
         self.network.to(memory_format=torch.channels_last)
+        self.loader = self._build_loader(train_split)
         self.average = None if config.ema_decay is None else WeightAverage(self.network, config.ema_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config))
         if config.auto_batch_size:
-            images, labels = next(self.loader.epoch(0)).micro_batches[0]
-            halvings = halvings_to_fit(self.accelerator, self.model, images, labels)
+            halvings = halvings_to_fit(self.accelerator, self.model, *next(self.loader.epoch(0)).micro_batches[0][:2])
             self.accelerator.gradient_accumulation_steps <<= halvings
             self.loader = self._build_loader(train_split)
 
@@ -76,6 +76,7 @@ class Trainer:
         # Each rank sums the loss of its own images; a checkpoint holds the sum over ranks, so one rank takes it.
         precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.loss_sum = torch.tensor(self.state.loss_sum if self.is_main else 0.0, dtype=precision, device=device)
+        self.best: dict[str, Any] | None = checkpoint["best"] if checkpoint else None  # what `best/` holds
         if checkpoint:
             self._restore(checkpoint)
         self.total_steps = config.epochs * self.loader.steps_per_epoch
@@ -100,20 +101,18 @@ class Trainer:
         if accumulates:
             allocate_gradients(self.network)
         stop_signal, patience = 0, config.early_stopping_patience
+        self._started = time.perf_counter()
         with StopSignals() as signals:
             while state.step < self.last_step and not state.out_of_patience(patience) and not stop_signal:
                 epoch, first_step = divmod(state.step, loader.steps_per_epoch)
                 self.reporter.start_epoch(epoch, first_step * config.batch_size, loader.num_images)
                 self.model.train()
-                self._started = time.perf_counter()
                 for batch in loader.epoch(epoch, first_step):
                     rate = learning_rate(state.step, self.total_steps, config)
                     set_learning_rate(self.optimizer, rate)
-                    seed = derive_seed(config.seed, "dropout", state.step, accelerator.process_index)
-                    reseed(accelerator.device, seed)
-                    for images, labels in batch.micro_batches:
+                    for images, labels, kept in batch.micro_batches:
                         with accelerator.accumulate(self.model):
-                            loss = criterion(self.model(images), targets[labels])
+                            loss = criterion(self.model(images, kept), targets[labels])
                             accelerator.backward(loss * (gradient_scale / batch.size))
                             self.loss_sum += loss.detach()
                             if accelerator.sync_gradients:
@@ -139,7 +138,7 @@ class Trainer:
                 self.reporter.end_epoch()
                 if epoch_ends:
                     self._end_epoch()
-        return self._stop(stop_signal) if stop_signal and state.step < self.last_step else self._finish()
+            return self._stop(stop_signal) if stop_signal and state.step < self.last_step else self._finish()
 
     # Parts of the loop
 
@@ -202,6 +201,7 @@ class Trainer:
                         "state": asdict(self.state),
                         "model": self.network.state_dict(),
                         "average": self.average.model.state_dict() if self.average else None,
+                        "best": self.best,
                         "optimizer": self.optimizer.state_dict(),
                         "scaler": scaler.state_dict() if scaler else None,
                     },
@@ -212,12 +212,9 @@ class Trainer:
         state, done = self.state, self._images_done()
         epoch = -(-state.step // self.loader.steps_per_epoch)
         train_loss = self._total_loss() / done
-        seconds, network = self._clock(), self.evaluated_network
+        seconds = self._clock()
         self._refuse_non_finite(train_loss, self._rate())
-        self.evaluation, logits = evaluate_on_all_ranks(self.accelerator, network, self.eval_split)
-        result = self.evaluation
-        if self.config.validation_size:
-            network.calibrate(logits, self.eval_split.labels)  # on held-out images only
+        result = self._evaluate()
         is_best = state.record_epoch(
             {
                 "epoch": epoch,
@@ -246,6 +243,12 @@ class Trainer:
         if state.step % self.loader.steps_per_epoch == 0:
             self._save_checkpoint()
 
+    def _evaluate(self) -> Evaluation:
+        self.evaluation, logits = evaluate_on_all_ranks(self.accelerator, self.evaluated_network, self.eval_split)
+        if self.config.validation_size:
+            self.evaluated_network.calibrate(logits, self.eval_split.labels)  # on held-out images only
+        return self.evaluation
+
     def _rate(self) -> float:  # of the step done last
         return learning_rate(max(0, self.state.step - 1), self.total_steps, self.config)
 
@@ -264,6 +267,9 @@ class Trainer:
         return checkpoint[0]
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
+        with together(self.accelerator):
+            if self.is_main and self.best:  # what lies in best/ may be of another course, or half there
+                self.folder.write_weights("best", unpacked(self.network, self.best["network"]), self.best["facts"])
         self.network.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.average:
@@ -277,24 +283,18 @@ class Trainer:
         return self.average.model if self.average else self.network
 
     def _write_weights(self, name: str, split_name: str, result: Evaluation) -> None:
-        facts = {
-            "dataset": self.config.dataset,
-            "dataset_fingerprint": self.data.fingerprint,
-            "split": split_name,
-            "accuracy": result.accuracy,
-            "loss": result.loss,
-            **{name: self.state.history[-1][name] for name in ("epoch", "step")},
-            "options": self.config.options(),
-        }
+        facts = describe(self.config, self.data.fingerprint, split_name, result, self.state.history[-1])
         self.folder.write_weights(name, self.evaluated_network, facts)
+        if name == "best":
+            self.best = {"network": packed(self.evaluated_network), "facts": facts}
 
     def _finish(self) -> int:
         """Leave `final/`, the last row of metrics.jsonl and the figures."""
         state, test = self.state, self.data.test
         if not state.history or state.history[-1]["step"] != state.step:
             self._end_epoch()  # --max-steps ended within an epoch
-        result = self.evaluation if self.eval_name == "test" else None  # of the last step, unless an ended run resumed
-        if result is None:
+        result = self.evaluation or self._evaluate()  # of the last step; an ended run that is resumed has none yet
+        if self.eval_name != "test":
             result, _ = evaluate_on_all_ranks(self.accelerator, self.evaluated_network, test)
         final = {"final": True, "step": state.step, "test_loss": round(result.loss, 6)}
         final |= {"test_accuracy": result.accuracy, "best_epoch": state.best_epoch}
@@ -307,18 +307,18 @@ class Trainer:
                     best_result = evaluate([best], test, self.data.class_names, self.accelerator.device)
                     final["best_test_accuracy"] = best_result.accuracy
                     self.folder.add_facts("best", best, {"test_accuracy": best_result.accuracy})
-                    self.reporter.say(f"Test set (read once): {result.as_line()}")
+                    self.reporter.say(f"Test set, last: {result.as_line()}; best weights: {best_result.as_line()}")
                 self.folder.write_metrics([*state.history, final])
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
                 self.reporter.log_row(final)
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
         self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
-        self.accelerator.end_training()
         if self.config.push_to_hub:
             with together(self.accelerator):
                 if self.is_main:
                     self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', self.config.push_to_hub)}")
+        self.accelerator.end_training()
         return 0
 
     def _stop(self, stop_signal: int) -> int:
@@ -345,4 +345,6 @@ class Trainer:
             seed=self.config.seed,
             device=self.accelerator.device,
             augmentation=AUGMENTATIONS[self.config.augmentation] if self.config.augment else None,
+            dropout=self.config.dropout,
+            features=self.network.dropout.features,
         )

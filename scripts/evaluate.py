@@ -22,8 +22,10 @@ def main() -> int:
     from mnist_accel.evaluation import evaluate, load_for_evaluation
     from mnist_accel.figures import draw_confusion_matrix, draw_mistakes
     from mnist_accel.models import count_parameters
-    from mnist_accel.output import new_file
+    from mnist_accel.output import new_file, picture_format
 
+    for picture in filter(None, (options.mistakes, options.confusion)):
+        picture_format(picture)
     device = PartialState().device
     if not is_first_rank():
         return 0  # seconds of work: one process does it, however many were launched

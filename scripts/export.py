@@ -23,6 +23,8 @@ def main() -> int:
 
     name = options.model or options.positional_model or default_model()
     output = options.output or Path("model" + ENDINGS[options.format])
+    if output.suffix != ENDINGS[options.format] and output.suffix in ENDINGS.values():
+        raise UserError(f"{output} is to be {options.format}: its name should end in {ENDINGS[options.format]}")
     model = load_model(name)
     difference = export_model(model, options.format, output)
     sizes = ", ".join(map(str, CHECKED_BATCH_SIZES))

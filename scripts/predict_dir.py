@@ -21,7 +21,9 @@ def main() -> int:
         help="where the true class stands: the parent folder's name, or the file name's first character; prints "
         "accuracy and a confusion matrix",
     )
-    parser.add_argument("--as-is", action="store_true", help="only make images grey and 28x28: they are as in training")
+    parser.add_argument(
+        "--as-is", action="store_true", help="only make images grey and 28x28: they are light on dark, as for training"
+    )
     parser.add_argument("--workers", type=POSITIVE, help="readers and threads (default: one of each a core)")
     options = vars(parser.parse_args())
     strict = options.pop("strict")
@@ -30,10 +32,7 @@ def main() -> int:
 
     # So that what was half written is removed, as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return int(predict_folder(**options) > 0 and strict)
-    except KeyboardInterrupt:
-        return 130
+    return int(predict_folder(**options) > 0 and strict)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ def main() -> int:
     from mnist_accel.data import Split
     from mnist_accel.evaluation import evaluate, load_for_evaluation
     from mnist_accel.figures import draw_samples
+    from mnist_accel.output import picture_format
 
+    picture_format(options.output)
     device = PartialState().device
     if not is_first_rank():
         return 0

@@ -112,3 +112,19 @@ def test_help_answers_without_importing_torch():
     code = "import sys, mnist_accel.config as c\ntry: c.parse_config(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert "--gradient-accumulation-steps" in result.stdout
+
+
+def test_an_option_with_nothing_behind_it_keeps_its_default_and_off_turns_trackers_off(tmp_path):
+    (tmp_path / "options.yaml").write_text("output_dir:\naugment:\nreport_to: off\n")
+    config = parse_config(["--config", str(tmp_path / "options.yaml")])
+    assert (config.output_dir, config.augment, config.report_to) == ("", False, "none")
+
+
+def test_repeating_a_run_uploads_nothing_and_starts_afresh(tmp_path):
+    file = tmp_path / "config.yaml"
+    options = parse_config(["--push-to-hub", "me/digits", "--resume", "runs/a/checkpoints/step_00000010"]).options()
+    file.write_text(yaml.safe_dump(options | {"provenance": {}}))
+    repeated = parse_config(["--config", str(file)])
+    assert (repeated.push_to_hub, repeated.resume) == (None, None)
+    file.write_text(yaml.safe_dump(options))  # a user's own file, which means what it says
+    assert parse_config(["--config", str(file)]).push_to_hub == "me/digits"

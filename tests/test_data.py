@@ -314,7 +314,7 @@ def test_a_second_load_comes_from_one_safetensors_file_and_decodes_nothing(
     first = load_data(str(idx))
     (file,) = cache_files(home)
     assert load_file(file).keys() == {"train_images", "train_labels", "test_images", "test_labels"}
-    monkeypatch.setattr(data, "_from_idx", None)
+    monkeypatch.setattr(data, "_from_idx", lambda *_: pytest.fail("decoded again"))
     second = load_data(str(idx))
     assert same(first, second)
     assert (second.class_names, second.fingerprint, second.source) == (
@@ -343,7 +343,7 @@ def test_a_damaged_cache_file_is_made_anew_in_silence(
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     assert torch.equal(load_data(str(idx)).train.images, torch.from_numpy(pictures(6)))
-    restored = data._read_cache(file)
+    restored = data._read_cache(file, str(idx))
     assert restored and restored.fingerprint == fingerprint
     assert len(file.read_bytes()) == len(whole)
     assert capsys.readouterr() == ("", "")
@@ -379,3 +379,30 @@ def test_the_cache_lies_where_the_hub_client_keeps_its_own(
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     load_data(str(idx))
     assert len(cache_files(tmp_path / "user" / ".cache" / "huggingface")) == 1
+
+
+def test_a_data_set_is_called_what_it_is_called_this_time(idx: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(idx)
+    assert load_data(str(idx)).source == str(idx)
+    assert load_data(str(tmp_path / "link")).source == str(tmp_path / "link")
+
+
+def test_labels_that_are_no_class_numbers_are_refused(tmp_path: Path) -> None:
+    folder = write_idx(tmp_path / "idx", pictures(6), pictures(4))
+    (folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.array([0, 1, 250, 0, 1, 250], np.uint8)))
+    with pytest.raises(UserError, match="labels up to 250, but only"):
+        load_data(str(folder))
+
+
+def test_images_without_pixels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a whole IDX file"):
+        load_data(str(write_idx(tmp_path / "idx", np.zeros((6, 0, 0), np.uint8), np.zeros((4, 0, 0), np.uint8))))
+
+
+@pytest.mark.parametrize("ink", [0, 255])
+def test_ink_on_transparent_paper_is_seen(ink: int) -> None:
+    alpha = Image.fromarray(pictures(1)[0])
+    picture = Image.merge("LA", (Image.new("L", alpha.size, ink), alpha))
+    seen = np.asarray(data.scale_image(picture.convert("RGBA"), "a picture"))
+    expected = pictures(1)[0] if ink else 255 - pictures(1)[0]
+    assert np.abs(seen.astype(int) - expected).max() <= 2

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,10 @@ def _no_memory_for(images: int) -> None:
 
     original = MnistNet.forward
 
-    def forward(self, batch):
+    def forward(self, batch, kept=None):
         if self.training and len(batch) > images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return original(self, batch)
+        return original(self, batch, kept)
 
     MnistNet.forward = forward
 
@@ -160,3 +161,23 @@ def test_a_launch_that_cannot_be_right_is_refused(small_dataset, tmp_path, optio
     assert statuses == [2], output
     assert_one_error_line(output, *parts)
     assert not (tmp_path / "run").exists() or not os.listdir(tmp_path / "run")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_weights_that_the_last_step_made_useless_are_an_error(small_dataset, tmp_path, processes):
+    statuses, output = run(
+        small_dataset,
+        tmp_path,
+        *("--max-steps", "1", "--optimizer", "sgd", "--learning-rate", "1e30"),
+        processes=processes,
+    )
+    assert statuses == [2] * processes, output
+    assert_one_error_line(output, "not finite", "--learning-rate")
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(small_dataset, tmp_path):
+    missing = next(name for name in ("wandb", "comet_ml", "aim") if find_spec(name) is None)
+    statuses, output = run(small_dataset, tmp_path, "--report-to", missing)
+    assert statuses == [2]
+    assert_one_error_line(output, missing, "not installed")
+    assert not (tmp_path / "run").exists()

@@ -81,7 +81,7 @@ def test_figures_need_no_display_and_no_backend():
 
 def test_curves_mark_the_best_epoch_and_leave_the_final_row_out(figure):
     drawn = figure(figures.draw_curves, [*ROWS, {"final": True, "test_accuracy": 0.5, "best_epoch": 2}])
-    assert "best: 99.20% at epoch 2" in texts(drawn)
+    assert "Accuracy, %: best 99.20 in epoch 2" in texts(drawn)
     loss, accuracy, rate = drawn.axes
     assert [line.get_ydata().tolist() for line in loss.lines] == [[0.3, 0.1, 0.05], [0.1, 0.05, 0.06]]
     assert accuracy.lines[0].get_ydata() == pytest.approx([97, 99.2, 99.1])

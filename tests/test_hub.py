@@ -208,3 +208,12 @@ def test_an_upload_to_a_hub_out_of_reach_ends_soon_in_one_line(hub, monkeypatch,
     assert "\n" not in str(error.value)
     assert time.monotonic() - began + sum(pauses) < 4
     assert capfd.readouterr().err == ""
+
+
+def test_an_upload_that_fails_ends_all_processes_with_one_line(dataset, tmp_path):
+    command = [*options(dataset, tmp_path / "run"), "--push-to-hub", "somebody/digits"]
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_TOKEN": "hf_stand_in"}
+    job = Job(command, tmp_path / "logs", processes=2, environment=environment)
+    assert job.wait() == [2, 2] and "Traceback" not in job.output()
+    assert len([line for line in job.output().splitlines() if line.startswith("error: ")]) == 1
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

@@ -16,7 +16,7 @@ def numbered(count: int) -> Split:
 
 def labels_of(loader: ResidentLoader, epoch: int, first_step: int = 0) -> list[list[int]]:
     return [
-        torch.cat([labels for _, labels in step.micro_batches]).tolist() for step in loader.epoch(epoch, first_step)
+        torch.cat([labels for _, labels, _ in step.micro_batches]).tolist() for step in loader.epoch(epoch, first_step)
     ]
 
 
@@ -30,7 +30,7 @@ def test_each_image_comes_once_an_epoch(count):
 
 def test_shapes_never_change():
     loader = ResidentLoader(numbered(50), 16, micro_batches=2, augmentation=AUGMENTATIONS["handwriting"])
-    shapes = {tuple(images.shape) for step in loader.epoch(0) for images, _ in step.micro_batches}
+    shapes = {tuple(images.shape) for step in loader.epoch(0) for images, _, _ in step.micro_batches}
     assert shapes == {(8, 1, 28, 28)}
 
 
@@ -45,8 +45,8 @@ def test_processes_and_micro_batches_share_out_the_same_global_batch(processes, 
     ]  # fmt: skip
     for step, batch in enumerate(whole):
         pairs = [pair for part in parts for pair in part[step].micro_batches]
-        assert torch.equal(torch.cat([labels for _, labels in pairs]), batch.micro_batches[0][1])
-        torch.testing.assert_close(torch.cat([images for images, _ in pairs]), batch.micro_batches[0][0])
+        assert torch.equal(torch.cat([labels for _, labels, _ in pairs]), batch.micro_batches[0][1])
+        torch.testing.assert_close(torch.cat([images for images, _, _ in pairs]), batch.micro_batches[0][0])
         assert {part[step].size for part in parts} == {batch.size}
 
 
@@ -67,7 +67,7 @@ def test_the_order_differs_between_epochs_and_seeds():
 
 def test_pixels_arrive_in_0_to_1_beside_their_label():
     for step in ResidentLoader(numbered(100), 10).epoch(0):
-        for images, labels in step.micro_batches:
+        for images, labels, _ in step.micro_batches:
             assert images.dtype == torch.float32
             torch.testing.assert_close(images[:, 0, 5, 5] * 255, labels.float())
 
@@ -103,3 +103,19 @@ def test_targets_ask_for_the_class_smoothed_for_no_class_in_particular_or_for_no
     torch.testing.assert_close(losses[:4], expected)
     torch.testing.assert_close(losses[4], -logits[4].log_softmax(0).mean())
     assert losses[5] == 0
+
+
+@pytest.mark.parametrize("processes, micro_batches", [(2, 1), (1, 4), (2, 2)])
+def test_dropout_keeps_the_same_of_each_image_on_any_number_of_processes(processes, micro_batches):
+    def kept(rank: int, processes: int, micro_batches: int) -> list[torch.Tensor]:
+        loader = ResidentLoader(
+            numbered(50), 16, rank=rank, num_processes=processes, micro_batches=micro_batches, dropout=0.2, features=300
+        )
+        return [torch.cat([part for _, _, part in step.micro_batches]) for step in loader.epoch(0)]
+
+    whole = kept(0, 1, 1)
+    shares = zip(*(kept(rank, processes, micro_batches) for rank in range(processes)), strict=True)
+    assert all(torch.equal(torch.cat(parts), one) for parts, one in zip(shares, whole, strict=True))
+    assert not torch.equal(whole[0], whole[1])
+    assert set(torch.cat(whole).unique().tolist()) == {0.0, 1.25}
+    assert torch.cat(whole).mean() == pytest.approx(1, abs=0.02)

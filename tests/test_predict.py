@@ -27,6 +27,7 @@ from mnist_accel.images import read_digit
 from mnist_accel.models import DIGITS, SHIPPED, build_model, load_model, save_model
 from mnist_accel.output import write_table
 from mnist_accel.predict import BATCH_SIZE, default_model, predict_folder
+from mnist_accel.sheet import _font as sheet_font
 from mnist_accel.sheet import draw_sheet
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "predict_dir.py"
@@ -383,3 +384,35 @@ def test_a_folder_without_images_is_the_users_mistake(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="no images in"):
         find_images(tmp_path)
+
+
+def test_the_sheet_knows_letters_with_accents_and_other_alphabets():
+    font = sheet_font(9)
+    drawn = {letter: bytes(font.getmask(letter)) for letter in "éüñßÅЖλ\uffff"}
+    assert len(set(drawn.values())) == len(drawn), "a letter that the font lacks looks as any other that it lacks"
+
+
+def test_long_class_names_stay_in_their_cell_of_the_sheet(tmp_path):
+    def drawn(name):
+        digit, picture = np.zeros((28, 28), np.uint8), np.full((56, 56, 3), 255, np.uint8)
+        wrong = Seen("a.png", digit, picture, prediction=0, probabilities=(0.7, 0.2, 0.1))
+        right = Seen("b.png", digit, picture, prediction=2, probabilities=(0.1, 0.2, 0.7))
+        draw_sheet([(wrong, 1), (right, 2)], [name, "T-shirt/top", "Bag"], tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            return np.asarray(sheet.convert("L"))
+
+    short, long = drawn("Boot"), drawn("Ankle boot with laces")
+    differs = np.flatnonzero((short != long).any(0))
+    assert differs.size and differs.max() < 90, "neither the percentage nor the next cell is touched"
+
+
+def test_labelled_files_that_cannot_be_read_are_counted(folder, model, tmp_path, capsys):
+    (folder / "3_damaged.png").write_bytes(b"no image")
+    run(folder, model, tmp_path / "out.csv", labels="name")
+    assert "1 with a label could not be read" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_script_quietly():
+    program = "from mnist_accel.cli import run_script\ndef main():\n    raise KeyboardInterrupt\nrun_script(main)"
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")

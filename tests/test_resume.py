@@ -1,5 +1,6 @@
 """A training killed at any moment goes on as if nothing had happened."""
 
+import json
 import os
 import random
 import shutil
@@ -28,6 +29,10 @@ def options(dataset: Path, output: Path) -> list[str]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     for name in ("best", "final"):
+        described = [json.loads((folder / name / "config.json").read_text()) for folder in (one, other)]
+        for facts in described:
+            facts["options"] = facts["dataset"] = None  # which name their folders
+        assert described[0] == described[1]
         assert weights(one, name).keys() == weights(other, name).keys()
         for key, tensor in weights(one, name).items():
             assert torch.equal(tensor, weights(other, name)[key]), f"{name} {key}"
@@ -198,3 +203,55 @@ def test_a_run_goes_on_in_a_new_folder_with_its_best_weights(small_dataset, tmp_
     checkpoint = sorted((calm_run / "checkpoints").glob("step_*"))[0]
     train([*options(small_dataset, tmp_path / "new"), "--resume", str(checkpoint)], tmp_path / "logs")
     assert_same_run(calm_run, tmp_path / "new")
+
+
+def test_an_ended_run_with_held_out_images_is_resumed_without_change(small_dataset, tmp_path):
+    run = [*options(small_dataset, tmp_path / "run"), "--validation-size", "40"]
+    train(run, tmp_path / "logs")
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    train([*run, "--resume", "auto"], tmp_path / "logs")
+    assert_same_run(tmp_path / "before", tmp_path / "run")
+    picture = Path("figures", "mistakes.png")
+    assert (tmp_path / "before" / picture).read_bytes() == (tmp_path / "run" / picture).read_bytes()
+
+
+def test_a_run_that_max_steps_ended_within_an_epoch_is_resumed_and_goes_on_as_if_uninterrupted(
+    small_dataset, tmp_path, calm_run
+):
+    run = options(small_dataset, tmp_path / "run")
+    for steps in ([], ["--resume", "auto"]):
+        train([*run, "--max-steps", "17", *steps], tmp_path / "logs")
+        assert rows(tmp_path / "run")[-1]["step"] == 17
+    # As if the weights of the epoch that was cut short had been the best.
+    weights_then = sorted((tmp_path / "run" / "final").iterdir())
+    for file in weights_then:
+        shutil.copy(file, tmp_path / "run" / "best" / file.name)
+    train([*run, "--resume", "auto"], tmp_path / "logs")
+    assert_same_run(calm_run, tmp_path / "run")
+
+
+def test_a_checkpoint_with_a_changed_byte_is_passed_over(small_dataset, tmp_path, calm_run):
+    shutil.copytree(calm_run, tmp_path / "run")
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "training_state.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 64
+    newest.write_bytes(content)
+    job = train([*options(small_dataset, tmp_path / "run"), "--resume", "auto"], tmp_path / "logs")
+    assert "is damaged" in job.output()
+    assert_same_run(calm_run, tmp_path / "run")
+
+
+def test_a_run_is_not_overwritten_by_another_that_begins_from_a_checkpoint(small_dataset, tmp_path, calm_run):
+    shutil.copytree(calm_run, tmp_path / "other")
+    checkpoint = sorted((calm_run / "checkpoints").glob("step_*"))[0]
+    job = Job([*options(small_dataset, tmp_path / "other"), "--resume", str(checkpoint)], tmp_path / "logs")
+    assert job.wait() == [2] and "already holds a run" in job.output()
+    assert_same_run(calm_run, tmp_path / "other")
+
+
+def test_an_ended_run_without_its_checkpoints_is_not_overwritten(small_dataset, tmp_path, calm_run):
+    shutil.copytree(calm_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    job = Job([*options(small_dataset, tmp_path / "run"), "--resume", "auto"], tmp_path / "logs")
+    assert job.wait() == [2] and "already holds a run" in job.output()
+    assert_same_run(calm_run, tmp_path / "run")

@@ -19,7 +19,7 @@ SGD = [
     "--learning-rate",
     "0.05",
     "--dropout",
-    "0",
+    "0.3",
     "--augment",
     "--batch-size",
     "16",
