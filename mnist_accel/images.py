@@ -161,7 +161,7 @@ def to_mnist(pixels: np.ndarray) -> np.ndarray:
     made_so = _already_mnist(pixels)
     if made_so is not None:
         return made_so
-    strength = _find(_over_paper(reduced(pixels, READ_SIDE)))
+    strength = _find(_without_margin(_over_paper(reduced(pixels, READ_SIDE))))
     return np.zeros((SIDE, SIDE), np.uint8) if strength is None else _set_in_box(strength)
 
 
@@ -216,6 +216,21 @@ def _over_paper(pixels: np.ndarray) -> np.ndarray:
     else:
         paper = np.full(3, 0.0 if visible.mean() > 0.5 else 1.0, np.float32)
     return (colour * alpha + paper * (1 - alpha)).astype(np.float32)
+
+
+def _without_margin(values: np.ndarray) -> np.ndarray:
+    """The picture alone where (H, W, C) is one on a page of a single colour, as in a document or with a white rim."""
+    corners = values[[0, 0, -1, -1], [0, -1, 0, -1]]
+    margin = np.median(corners, axis=0)
+    off = (np.abs(values - margin).max(2) > 0.03).astype(np.uint8)
+    rows, columns = box_of(off)
+    inner = off[rows, columns]
+    # A drawing on a blank page differs from it only where its strokes are, a photo of paper almost everywhere.
+    if np.abs(corners - margin).max() > 0.03 or min(inner.shape) < 40 or inner.size == off.size or inner.mean() < 0.9:
+        return values
+    depth = round(0.02 * min(inner.shape)) + 1  # the rim of a compressed picture is blurred
+    picture = values[rows, columns][depth:-depth, depth:-depth]
+    return picture if picture.std(axis=(0, 1)).max() > 0.03 else values  # a bar is a digit, and no picture
 
 
 def _one_channel(values: np.ndarray) -> Grey:

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from mnist_accel.paper import find_ink, inked, is_dark_ink, otsu
 from mnist_accel.parts import (
     Grey,
     Mask,
     Parts,
     box_of,
     distance_to_paper,
-    fitted,
     grown,
-    is_narrow,
     longest_side,
     stroke_width,
     without_holes,
@@ -40,104 +39,26 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
     """
     # Noise below a hundredth of the image is no stroke.
     smooth = cv2.GaussianBlur(grey, (0, 0), max(0.5, max(grey.shape) / 256))
-    if not _is_dark_ink(smooth, tight):
+    if not is_dark_ink(smooth, tight):
         smooth = 1 - smooth
-    strength, noise = _ink_strength(smooth, tight)
-    mask = _inked(strength, noise)
+    mask, strength, noise = find_ink(smooth, tight)
+    if not tight and not mask.any():
+        # Where a sheet of paper fills most of the image, its desk can pass for the paper and the sheet for noise.
+        smooth = 1 - smooth
+        mask, strength, noise = find_ink(smooth, tight)
     if not tight:
         mask, strength = _filled(mask, strength, smooth)
         foreign = _foreign_parts(mask)
         if foreign.any():
             # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
             rest = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
-            digit = _of_one_pen(_digit_parts(_inked(rest, noise), rest), rest)
+            digit = _of_one_pen(_digit_parts(inked(rest, noise), rest), rest)
             # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left.
             if longest_side(digit) > 0.12 * max(digit.shape) and not _is_shading(strength, digit):
                 return _sharpened(rest, digit)
     digit = _of_one_pen(_digit_parts(mask, strength), strength)
     found = digit.any() and (tiny or not _is_shading(strength, digit))
     return _sharpened(strength, digit) if found else None
-
-
-def _inked(strength: Grey, noise: float) -> Mask:
-    """Where there is at least four tenths of the typical ink; nowhere if nothing stands out from the noise."""
-    # The peaks of normal noise stay below 6 standard deviations; less than 2 of 255 grey levels are rounding.
-    ink = strength[strength > max(6 * noise, 0.25 * float(strength.max()), 2 / 255)]
-    return (strength > (0.4 * float(np.median(ink)) if ink.size else np.inf)).astype(np.uint8)
-
-
-# --- paper and polarity ----------------------------------------------------------------------------------------------
-
-
-def _is_dark_ink(smooth: Grey, tight: bool) -> bool:
-    """Whether the ink is darker than the paper."""
-    # Of the two candidates for paper - the image with all dark, or with all light strokes filled in - the true one is
-    # smooth, whatever the shadows: filling in the paper between strokes leaves the digit's outline. Logarithms give ink
-    # in a shadow more of the contrast that it has in the light.
-    small = fitted(smooth, 64, at_least=3)
-    light = small if tight else np.log2(1 + small)
-    roughness = _roughness(light, tight) - _roughness(1 - light, tight)
-    if not tight:
-        return roughness < 0
-    # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
-    dark = small * 255 <= _otsu(small)
-    edge = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).mean()
-    corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
-    # Paper that covers less than half of the image, and yet all of its edge, is a frame.
-    framed = (edge > 0.95 and dark.mean() < 0.5) or (edge < 0.05 and dark.mean() > 0.5)
-    return roughness < 0 if framed else edge + corners + 0.25 * roughness < 1
-
-
-def _otsu(smooth: Grey) -> float:
-    """Otsu's threshold ("A threshold selection method from gray-level histograms", 1979), on a scale of 0..255."""
-    return cv2.threshold((np.clip(smooth, 0, 1) * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)[0]
-
-
-def _paper(smooth: Grey, tight: bool) -> Grey:
-    """The image with all that is dark and narrower than a third of it, as any pen's stroke is, filled in."""
-    # In a narrow photo the longer side says little of the strokes.
-    side = smooth.size**0.5 if is_narrow(smooth) and not tight else max(smooth.shape)
-    reach = int(0.35 * side) | 1
-    closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
-    even = cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
-    # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
-    dark = Parts((closed < 0.9 * even).astype(np.uint8))
-    return np.where(dark.at_edge()[dark.labels], closed, even)
-
-
-def _roughness(smooth: Grey, tight: bool) -> float:
-    """Mean slope of the paper, if the ink were dark, per image length and over the ink's contrast; 6 without ink."""
-    paper = _paper(smooth, tight)
-    contrast = paper - smooth
-    contrast = contrast - np.percentile(contrast, 30)
-    highest = float(contrast.max())
-    if highest <= 0:
-        return 6.0
-    typical = float(np.median(contrast[contrast > 0.3 * highest]))
-    return min(float(np.hypot(*np.gradient(paper)).mean()) * max(smooth.shape) / typical / 3, 2.0)
-
-
-def _ink_strength(smooth: Grey, tight: bool) -> tuple[Grey, float]:
-    """How much darker each pixel is than the paper, as a share of the paper's brightness, and the noise of that."""
-    if tight:
-        # Archives' scans have even light, and so close a crop has too little paper to follow a shadow on.
-        is_paper = smooth * 255 > _otsu(smooth)
-        paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else 1.0)
-    else:
-        paper = _paper(smooth, tight)
-    # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
-    # keeps the noise of the deepest shadows down.
-    strength = (paper - smooth) / (paper + 0.1)
-    tenth, low = np.percentile(strength, (10, 30))
-    # Of normal noise, these two percentiles lie 0.76 standard deviations apart.
-    noise = float(low - tenth) / 0.76
-    if not tight:
-        return np.maximum(strength - low, 0), noise
-    # Ink can cover most of a close crop, so its percentiles say nothing of noise. But two tones then account for most
-    # of the variance; of normal noise they account for 0.64, of a ramp or uniform noise for 0.75.
-    share = is_paper.mean()
-    between = share * (1 - share) * (smooth[is_paper].mean() - smooth[~is_paper].mean()) ** 2 if 0 < share < 1 else 0.0
-    return np.maximum(strength, 0), 0.0 if between > 0.75 * float(smooth.var()) else noise
 
 
 def _filled(mask: Mask, strength: Grey, smooth: Grey) -> tuple[Mask, Grey]:
@@ -210,6 +131,14 @@ def _foreign_parts(mask: Mask) -> Mask:
         shape = parts.mask(part)
         large = (parts.size[part] > (0.5 * width, 0.5 * height)).all()
         foreign[part] |= (large and _is_frame(shape[box_of(shape)])) or _is_drawn_around(shape, parts)
+    # What lies around a corner of the image is the desk beside a sheet, where a digit stands free.
+    around = np.zeros(parts.count, bool)
+    around[parts.labels[[0, 0, -1, -1], [0, -1, 0, -1]]] = True
+    others = np.where(around | foreign, 0, parts.area)
+    others[0] = around[0] = 0
+    largest = int(others.argmax())
+    if others.any() and not parts.at_edge()[largest] and parts.size[largest].max() > 0.12 * max(mask.shape):
+        foreign |= around
     return lines | foreign.astype(np.uint8)[parts.labels]
 
 
@@ -256,7 +185,15 @@ def _crossing_lines(mask: Mask) -> Mask:
         at_border |= max(rows.start / height, columns.start / width) > 0.8
         if not (near & line).any() or (free and (at_border or stroke_width(line) < 0.6 * pen)):
             result |= line
-    return result
+    if not result.any():
+        return result
+    # Where two lines cross, the dot that each of them takes for a stroke of the other is left.
+    left = Parts(mask & ~result)
+    touching = np.zeros(left.count, bool)
+    touching[left.labels[grown(result, 3) > 0]] = True
+    dots = touching & (left.size.max(1) <= 2.5 * stroke_width(result) + 2)
+    dots[0] = False
+    return result | dots.astype(np.uint8)[left.labels]
 
 
 def _level_lines(mask: Mask) -> list[Mask]:
@@ -317,7 +254,7 @@ def _of_one_pen(digit: Mask, strength: Grey) -> Mask:
     if not inside.size:
         return digit
     highest = float(inside.max())
-    strong = inside > _otsu(inside / highest) / 255 * highest
+    strong = inside > otsu(inside / highest) / 255 * highest
     if strong.all() or inside[strong].mean() < 2.8 * inside[~strong].mean():
         return digit
     pen = _digit_parts(digit & (strength > 0.4 * float(np.median(inside[strong]))), strength)

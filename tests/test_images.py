@@ -132,6 +132,34 @@ def on_a_desk(sheet: np.ndarray, degrees: float, share: float) -> np.ndarray:
     return cv2.warpAffine(sheet, turn, (width, height), desk.copy(), borderMode=cv2.BORDER_TRANSPARENT)
 
 
+def phone_shadow(pixels: np.ndarray) -> np.ndarray:
+    """The shadow of what takes the picture reaches in from below, and takes two fifths of the light."""
+    height, width = pixels.shape[:2]
+    corners = np.array([(0.4, 1.0), (0.44, 0.4), (0.68, 0.43), (0.7, 1.0)]) * (width, height)
+    shadow = cv2.fillPoly(np.zeros((height, width), np.float32), [np.int32(corners)], 1.0)
+    light = 1 - 0.4 * cv2.GaussianBlur(shadow, (0, 0), 0.015 * width)
+    return np.rint(pixels * light[..., None]).astype(np.uint8)
+
+
+def on_a_page(picture: np.ndarray, margin: int) -> np.ndarray:
+    return cv2.copyMakeBorder(picture, *4 * (margin,), cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+
+def beside_a_desk(pixels: np.ndarray, share: float) -> np.ndarray:
+    """Paper that ends within the picture: at the left the desk shows."""
+    return np.concatenate([np.full_like(pixels[:, : round(share * pixels.shape[1])], 70), pixels], axis=1)
+
+
+def in_a_grid(ink: np.ndarray) -> np.ndarray:
+    """The lines of a grid that run on around a digit's cell."""
+    side = len(ink)
+    for at in (0.2, 0.8):
+        place = round(at * side)
+        cv2.line(ink, (0, place), (side, place), 1.0, 4)
+        cv2.line(ink, (place, 0), (place, side), 1.0, 4)
+    return ink
+
+
 VARIANTS = {
     "light on dark": lambda d: 255 - paint(draw(d)),
     "a phone's upright photo under a lamp": lambda d: noise(lamp(paint(draw(d, 640, 360, 0.5, 0.06, at=(0.4, 0.45)))), 4),
@@ -146,6 +174,10 @@ VARIANTS = {
     "shadow": lambda d: smooth_shadow(paint(draw(d))),
     "a sharp, deep shadow across the digit": lambda d: noise(sharp_shadow(paint(draw(d)), 40), 4),
     "a shadow's edge along a stem": lambda d: noise(sharp_shadow(paint(draw(d)), 175), 4),
+    "a phone's shadow over a digit": lambda d: noise(phone_shadow(paint(draw(d, pen=0.06), (30, 40, 60))), 3),
+    "a photo on a white page": lambda d: on_a_page(noise(lamp(paint(draw(d, pen=0.06), paper=(190, 185, 175))), 3), 30),
+    "paper that ends beside the digit": lambda d: noise(beside_a_desk(paint(draw(d)), 0.35), 3),
+    "a cell of a grid": lambda d: paint(in_a_grid(draw(d, size=0.5, pen=0.05))),
     "creased paper": lambda d: noise(creased(paint(draw(d, pen=0.06), (30, 40, 60))), 4),
     "red ink on green as bright": lambda d: paint(draw(d), (200, 100, 100), (100, 150, 107)),
     "a frame on the edge": lambda d: paint(frame(draw(d), 0.0, 0.03)),
@@ -310,3 +342,10 @@ def test_a_phones_heic_is_read_or_its_reason_names_what_reads_it(tmp_path: Path)
         ImageError, match="damaged|not an image" if "HEIF" in images.FORMATS else "pip install pillow-heif"
     ):
         read_digit(tmp_path / "damaged.heic")
+
+
+def test_a_thick_bar_drawn_on_a_white_page_is_no_picture_on_a_page():
+    bar = np.full((200, 200, 3), 255, np.uint8)
+    bar[30:170, 80:122] = 0
+    result = to_mnist(bar)
+    assert follows_mnist_rule(result) and (result > 128).sum() == pytest.approx(20 * 6, abs=20)

@@ -1,0 +1,115 @@
+"""Paper under any light, and how much darker than it each pixel is."""
+
+import cv2
+import numpy as np
+
+from mnist_accel.parts import Grey, Mask, Parts, fitted, grown, is_narrow
+
+# As a share of the image's longest side: broader than most pens' strokes, and narrower than most shadows on paper.
+BROAD = 0.13
+
+
+def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
+    """Where there is dark ink, how much darker than the paper each pixel is (see `_ink_strength`), and its noise."""
+    strength, noise = _ink_strength(smooth, tight)
+    mask = inked(strength, noise)
+    size = round(0.85 * BROAD * max(mask.shape))
+    broad = cv2.morphologyEx(mask, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+    if tight or not broad.any():
+        return mask, strength, noise
+    # A broad pen, or a shadow: ink is darker than the shadows around it, and a broad pen's as dark in its narrow parts.
+    narrow, narrow_noise = _ink_strength(smooth, tight, BROAD)
+    strokes = inked(narrow, narrow_noise)
+    if strokes.any():  # without the shadows' corners, which are fainter
+        inside, highest = narrow[strokes > 0], float(narrow.max())
+        strokes &= narrow > 0.5 * np.median(inside[inside > otsu(inside / highest) / 255 * highest])
+    rest = mask & ~grown(strokes, 3)
+    parts = Parts(mask)
+    shadow = broad & rest & parts.at_edge()[parts.labels]
+    # Shadows are cast from outside the image; of a digit's strokes in a close crop, only their ends touch its edges.
+    edges = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if not strokes.any() or shadow.sum() <= 0.5 * rest.sum() or edges.mean() < 0.06:
+        return mask, strength, noise
+    if np.median(strength[strokes > 0]) < 1.4 * np.median(strength[shadow > 0]):
+        return mask, strength, noise
+    return strokes, narrow * grown(strokes, 5), narrow_noise
+
+
+def inked(strength: Grey, noise: float) -> Mask:
+    """Where there is at least four tenths of the typical ink; nowhere if nothing stands out from the noise."""
+    # The peaks of normal noise stay below 6 standard deviations; less than 2 of 255 grey levels are rounding.
+    ink = strength[strength > max(6 * noise, 0.25 * float(strength.max()), 2 / 255)]
+    return (strength > (0.4 * float(np.median(ink)) if ink.size else np.inf)).astype(np.uint8)
+
+
+def is_dark_ink(smooth: Grey, tight: bool) -> bool:
+    """Whether the ink is darker than the paper."""
+    # Of the two candidates for paper - the image with all dark, or with all light strokes filled in - the true one is
+    # smooth, whatever the shadows: filling in the paper between strokes leaves the digit's outline. Logarithms give ink
+    # in a shadow more of the contrast that it has in the light.
+    small = fitted(smooth, 64, at_least=3)
+    light = small if tight else np.log2(1 + small)
+    roughness = _roughness(light, tight) - _roughness(1 - light, tight)
+    if not tight:
+        return roughness < 0
+    # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
+    dark = small * 255 <= otsu(small)
+    edge = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).mean()
+    corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
+    # Paper that covers less than half of the image, and yet all of its edge, is a frame.
+    framed = (edge > 0.95 and dark.mean() < 0.5) or (edge < 0.05 and dark.mean() > 0.5)
+    return roughness < 0 if framed else edge + corners + 0.25 * roughness < 1
+
+
+def otsu(smooth: Grey) -> float:
+    """Otsu's threshold ("A threshold selection method from gray-level histograms", 1979), on a scale of 0..255."""
+    return cv2.threshold((np.clip(smooth, 0, 1) * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)[0]
+
+
+def _paper(smooth: Grey, tight: bool, share: float = 0.35) -> Grey:
+    """The image with all that is dark and narrower than this share of it, as any pen's stroke is, filled in."""
+    # In a narrow photo the longer side says little of the strokes.
+    side = smooth.size**0.5 if is_narrow(smooth) and not tight else max(smooth.shape)
+    reach = int(share * side) | 1
+    closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
+    if share == BROAD:  # shadows have edges
+        return closed
+    even = cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
+    # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
+    dark = Parts((closed < 0.9 * even).astype(np.uint8))
+    return np.where(dark.at_edge()[dark.labels], closed, even)
+
+
+def _roughness(smooth: Grey, tight: bool) -> float:
+    """Mean slope of the paper, if the ink were dark, per image length and over the ink's contrast; 6 without ink."""
+    paper = _paper(smooth, tight)
+    contrast = paper - smooth
+    contrast = contrast - np.percentile(contrast, 30)
+    highest = float(contrast.max())
+    if highest <= 0:
+        return 6.0
+    typical = float(np.median(contrast[contrast > 0.3 * highest]))
+    return min(float(np.hypot(*np.gradient(paper)).mean()) * max(smooth.shape) / typical / 3, 2.0)
+
+
+def _ink_strength(smooth: Grey, tight: bool, share: float = 0.35) -> tuple[Grey, float]:
+    """How much darker each pixel is than the paper, as a share of the paper's brightness, and the noise of that."""
+    if tight:
+        # Archives' scans have even light, and so close a crop has too little paper to follow a shadow on.
+        is_paper = smooth * 255 > otsu(smooth)
+        paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else 1.0)
+    else:
+        paper = _paper(smooth, tight, share)
+    # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
+    # keeps the noise of the deepest shadows down.
+    strength = (paper - smooth) / (paper + 0.1)
+    tenth, low = np.percentile(strength, (10, 30))
+    # Of normal noise, these two percentiles lie 0.76 standard deviations apart.
+    noise = float(low - tenth) / 0.76
+    if not tight:
+        return np.maximum(strength - low, 0), noise
+    # Ink can cover most of a close crop, so its percentiles say nothing of noise. But two tones then account for most
+    # of the variance; of normal noise they account for 0.64, of a ramp or uniform noise for 0.75.
+    share = is_paper.mean()
+    between = share * (1 - share) * (smooth[is_paper].mean() - smooth[~is_paper].mean()) ** 2 if 0 < share < 1 else 0.0
+    return np.maximum(strength, 0), 0.0 if between > 0.75 * float(smooth.var()) else noise
