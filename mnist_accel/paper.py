@@ -13,22 +13,22 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     """Where there is dark ink, how much darker than the paper each pixel is (see `_ink_strength`), and its noise."""
     strength, noise = _ink_strength(smooth, tight)
     mask = inked(strength, noise)
+    # Shadows are cast from outside the image; of a digit's strokes in a close crop, only their ends touch its edges.
+    edges = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    if tight or edges.mean() < 0.06:
+        return mask, strength, noise
     size = round(0.85 * BROAD * max(mask.shape))
     broad = cv2.morphologyEx(mask, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
-    if tight or not broad.any():
-        return mask, strength, noise
-    # A broad pen, or a shadow: ink is darker than the shadows around it, and a broad pen's as dark in its narrow parts.
+    # Ink is darker than the shadows around it, and a broad pen's strokes are as dark where they are narrow.
     narrow, narrow_noise = _ink_strength(smooth, tight, BROAD)
     strokes = inked(narrow, narrow_noise)
     if strokes.any():  # without the shadows' corners, which are fainter
         inside, highest = narrow[strokes > 0], float(narrow.max())
-        strokes &= narrow > 0.5 * np.median(inside[inside > otsu(inside / highest) / 255 * highest])
+        strokes &= narrow > 0.5 * np.median(inside[inside >= otsu(inside / highest) / 255 * highest])
     rest = mask & ~grown(strokes, 3)
     parts = Parts(mask)
     shadow = broad & rest & parts.at_edge()[parts.labels]
-    # Shadows are cast from outside the image; of a digit's strokes in a close crop, only their ends touch its edges.
-    edges = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    if not strokes.any() or shadow.sum() <= 0.5 * rest.sum() or edges.mean() < 0.06:
+    if not strokes.any() or shadow.sum() <= 0.5 * rest.sum():
         return mask, strength, noise
     if np.median(strength[strokes > 0]) < 1.4 * np.median(strength[shadow > 0]):
         return mask, strength, noise
