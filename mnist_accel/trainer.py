@@ -307,7 +307,7 @@ class Trainer:
                     best_result = evaluate([best], test, self.data.class_names, self.accelerator.device)
                     final["best_test_accuracy"] = best_result.accuracy
                     self.folder.add_facts("best", best, {"test_accuracy": best_result.accuracy})
-                    self.reporter.say(f"Test set, last: {result.as_line()}; best weights: {best_result.as_line()}")
+                    self.reporter.say(f"Test set: {result.as_line()}, last weights; {best_result.as_line()}, best")
                 self.folder.write_metrics([*state.history, final])
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
