@@ -1,9 +1,11 @@
 """Exported files, read back in the runtimes that their users have."""
 
 import json
+import re
 import runpy
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,18 @@ def test_script_takes_the_model_as_an_option_and_an_output(run_export):
 def test_script_names_the_users_mistake(run_export, arguments, message):
     with pytest.raises(UserError, match=message):
         run_export(*arguments)
+
+
+def test_the_described_formula_gives_the_models_confidences(tmp_path):
+    model = build_model("fast_net").eval()
+    model.temperature, model.no_digit_level = 1.7, 0.4
+    export.export_model(model, "torchscript", tmp_path / "model.pt")
+    described = metadata_of("torchscript", tmp_path / "model.pt")
+    formula = re.search(r"s = (.+) and q = (.+), confidences are (.+)", described["output"])
+    logits = torch.randn(5, 10).double()
+    known = {"logits": logits, "classes": 10, "sigmoid": torch.sigmoid}
+    known |= {"temperature": float(described["temperature"]), "no_digit_level": float(described["no_digit_level"])}
+    known |= {"logsumexp": partial(torch.logsumexp, dim=1, keepdim=True), "softmax": partial(torch.softmax, dim=1)}
+    known["s"] = eval(formula[1], known)
+    known["q"] = eval(formula[2], known)
+    torch.testing.assert_close(eval(formula[3], known), model.probabilities(logits))

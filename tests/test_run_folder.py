@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from mnist_accel.checkpoint import STATE_NAME
 from mnist_accel.cli import UserError
 from mnist_accel.config import PROVENANCE, TrainConfig
+from mnist_accel.model_card import model_card
 from mnist_accel.models import build_model
 from mnist_accel.run_folder import RunFolder, choose_folder
 
@@ -78,3 +80,13 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
         folder = choose_folder(TrainConfig())
         assert folder == Path("runs", expected)
         folder.mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "dataset, listed", [("data/mnist", None), ("digits", None), ("ylecun/mnist:mnist", ["ylecun/mnist"])]
+)
+def test_the_model_card_names_only_data_sets_of_the_hub(dataset, listed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/mnist").mkdir(parents=True)
+    facts = {"dataset": dataset, "epoch": 1, "step": 9, "split": "test", "accuracy": 0.9, "loss": 0.3, "options": {}}
+    assert ModelCard(model_card(build_model("fast_net"), facts)).data.datasets == listed
