@@ -251,19 +251,19 @@ def _cached(name: str, key: list[Any], make: Callable[[], ImageData]) -> ImageDa
 
 
 def _write_cache(file: Path, name: str, data: ImageData) -> None:
-    tensors = {f"{name}_{kind}": tensor for name in SPLITS for kind, tensor in vars(getattr(data, name)).items()}
+    tensors = {f"{split}_{kind}": tensor for split in SPLITS for kind, tensor in vars(getattr(data, split)).items()}
     remarks = data.source.removeprefix(name)
     facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "remarks": remarks}
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    unfinished = file.with_suffix(f".{os.getpid()}.partial")
     try:
-        partial.write_bytes(save(tensors, facts))
-        partial.replace(file)
+        unfinished.write_bytes(save(tensors, facts))
+        unfinished.replace(file)
     except OSError as error:
         if is_first_rank():
             print(f"warning: cannot keep the decoded images in {file.parent} ({error}): set HF_HOME", file=sys.stderr)
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 def _read_cache(file: Path, name: str) -> ImageData | None:
@@ -271,7 +271,7 @@ def _read_cache(file: Path, name: str) -> ImageData | None:
     try:
         with safe_open(file, "pt") as archive:
             facts = archive.metadata()
-            train, test = (Split(*(archive.get_tensor(f"{name}_{kind}") for kind in KINDS)) for name in SPLITS)
+            train, test = (Split(*(archive.get_tensor(f"{split}_{kind}") for kind in KINDS)) for split in SPLITS)
         return ImageData(
             train, test, json.loads(facts["class_names"]), facts["fingerprint"], source=name + facts["remarks"]
         )

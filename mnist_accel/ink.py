@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from mnist_accel.paper import find_ink, inked, is_dark_ink, otsu
+from mnist_accel.paper import find_ink, inked, is_dark_ink, otsu_level
 from mnist_accel.parts import (
     Grey,
     Mask,
@@ -253,8 +253,7 @@ def _of_one_pen(digit: Mask, strength: Grey) -> Mask:
     inside = strength[digit > 0]
     if not inside.size:
         return digit
-    highest = float(inside.max())
-    strong = inside > otsu(inside / highest) / 255 * highest
+    strong = inside > otsu_level(inside)
     if strong.all() or inside[strong].mean() < 2.8 * inside[~strong].mean():
         return digit
     pen = _digit_parts(digit & (strength > 0.4 * float(np.median(inside[strong]))), strength)

@@ -14,7 +14,7 @@ from mnist_accel.models import DigitClassifier, count_parameters
 def describe(
     config: TrainConfig, fingerprint: str, split: str, result: Evaluation, row: dict[str, Any]
 ) -> dict[str, Any]:
-    """The facts that stand beside saved weights, which `split` of the data gave the result and the epoch's row."""
+    """The facts that stand beside saved weights: their data and options, their epoch, what `split` of the data gave."""
     return {
         "dataset": config.dataset,
         "dataset_fingerprint": fingerprint,

@@ -14,17 +14,16 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     strength, noise = _ink_strength(smooth, tight)
     mask = inked(strength, noise)
     # Shadows are cast from outside the image; of a digit's strokes in a close crop, only their ends touch its edges.
-    edges = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-    if tight or edges.mean() < 0.06:
+    if tight or _share_of_edges(mask) < 0.06:
         return mask, strength, noise
     size = round(0.85 * BROAD * max(mask.shape))
     broad = cv2.morphologyEx(mask, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
     # Ink is darker than the shadows around it, and a broad pen's strokes are as dark where they are narrow.
-    narrow, narrow_noise = _ink_strength(smooth, tight, BROAD)
+    narrow, narrow_noise = _ink_strength(smooth, tight, _closed(smooth, tight, BROAD))
     strokes = inked(narrow, narrow_noise)
     if strokes.any():  # without the shadows' corners, which are fainter
-        inside, highest = narrow[strokes > 0], float(narrow.max())
-        strokes &= narrow > 0.5 * np.median(inside[inside >= otsu(inside / highest) / 255 * highest])
+        inside = narrow[strokes > 0]
+        strokes &= narrow > 0.5 * np.median(inside[inside >= otsu_level(inside)])
     rest = mask & ~grown(strokes, 3)
     parts = Parts(mask)
     shadow = broad & rest & parts.at_edge()[parts.labels]
@@ -54,7 +53,7 @@ def is_dark_ink(smooth: Grey, tight: bool) -> bool:
         return roughness < 0
     # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
     dark = small * 255 <= otsu(small)
-    edge = np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).mean()
+    edge = _share_of_edges(dark)
     corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
     # Paper that covers less than half of the image, and yet all of its edge, is a frame.
     framed = (edge > 0.95 and dark.mean() < 0.5) or (edge < 0.05 and dark.mean() > 0.5)
@@ -66,15 +65,34 @@ def otsu(smooth: Grey) -> float:
     return cv2.threshold((np.clip(smooth, 0, 1) * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)[0]
 
 
-def _paper(smooth: Grey, tight: bool, share: float = 0.35) -> Grey:
-    """The image with all that is dark and narrower than this share of it, as any pen's stroke is, filled in."""
+def otsu_level(strength: Grey) -> float:
+    """Otsu's threshold of strengths, of which one at least is over 0, on their own scale."""
+    highest = float(strength.max())
+    return otsu(strength / highest) / 255 * highest
+
+
+def _share_of_edges(mask: np.ndarray) -> float:
+    """The share of the image's outermost pixels that a mask covers."""
+    return float(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean())
+
+
+def _reach(smooth: Grey, tight: bool, share: float) -> int:
+    """A share of the image's side in pixels, an odd number."""
     # In a narrow photo the longer side says little of the strokes.
     side = smooth.size**0.5 if is_narrow(smooth) and not tight else max(smooth.shape)
-    reach = int(share * side) | 1
-    closed = cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
-    if share == BROAD:  # shadows have edges
-        return closed
-    even = cv2.blur(closed, (reach // 4 | 1, reach // 4 | 1))
+    return int(share * side) | 1
+
+
+def _closed(smooth: Grey, tight: bool, share: float) -> Grey:
+    """The image with all that is dark and narrower than this share of it filled in; edges of what is broader stay."""
+    reach = _reach(smooth, tight, share)
+    return cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
+
+
+def _paper(smooth: Grey, tight: bool) -> Grey:
+    """The image with all that is dark and narrower than a third of it, as any pen's stroke is, filled in."""
+    closed, side = _closed(smooth, tight, 0.35), _reach(smooth, tight, 0.35) // 4 | 1
+    even = cv2.blur(closed, (side, side))
     # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
     dark = Parts((closed < 0.9 * even).astype(np.uint8))
     return np.where(dark.at_edge()[dark.labels], closed, even)
@@ -92,14 +110,14 @@ def _roughness(smooth: Grey, tight: bool) -> float:
     return min(float(np.hypot(*np.gradient(paper)).mean()) * max(smooth.shape) / typical / 3, 2.0)
 
 
-def _ink_strength(smooth: Grey, tight: bool, share: float = 0.35) -> tuple[Grey, float]:
+def _ink_strength(smooth: Grey, tight: bool, paper: Grey | None = None) -> tuple[Grey, float]:
     """How much darker each pixel is than the paper, as a share of the paper's brightness, and the noise of that."""
     if tight:
         # Archives' scans have even light, and so close a crop has too little paper to follow a shadow on.
         is_paper = smooth * 255 > otsu(smooth)
         paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else 1.0)
-    else:
-        paper = _paper(smooth, tight, share)
+    elif paper is None:
+        paper = _paper(smooth, tight)
     # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
     # keeps the noise of the deepest shadows down.
     strength = (paper - smooth) / (paper + 0.1)

@@ -108,8 +108,8 @@ class RunFolder:
                 raise UserError(
                     f"{self.path} already holds a run: choose another --output-dir, or continue with --resume auto"
                 )
-            # It died before its first checkpoint: it may start again, but not as another run.
-            then, what = then or begun, f"the run in {self.path}"
+            if checkpoint is None:  # it died before its first: it may start again, but not as another run
+                then, what = begun, f"the run in {self.path}"
         differences = differing_options(then.get("options", {}), config)
         data_then = then.get("fingerprint", fingerprint)
         if data_then != fingerprint:
