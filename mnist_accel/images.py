@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
-from mnist_accel.ink import Sheet, find_digit, sheet_of_paper
+from mnist_accel.ink import find_digit, sheet_of_paper, solid_card, upright
 from mnist_accel.parts import Grey, box_of, fitted, is_narrow, longest_side, reduced
 
 SIDE, BOX = 28, 20
@@ -25,6 +25,7 @@ with suppress(ImportError):  # what phones make is read where this plug-in for P
     import pillow_heif
 
     pillow_heif.register_heif_opener()
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit refuses the JPEG files of 200-megapixel phones too; MAX_PIXELS does not
 Image.init()  # Pillow cannot be asked for formats that it has not loaded yet, and builds differ in what they have.
 # What Pillow may try: pixels only. Its other decoders run Ghostscript on the file, or follow it to other files.
 FORMATS = ["PNG", "JPEG", "MPO", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "PCX", "ICO", "HEIF"]
@@ -93,8 +94,6 @@ def _reason(error: Exception, path: str | Path) -> str:
         if start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS and "HEIF" not in FORMATS:
             return "a HEIC image: to read these, pip install pillow-heif"
         return "not an image, or of a format that is not supported"
-    if isinstance(error, Image.DecompressionBombError):
-        return "too many pixels: a decompression bomb?"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(f"damaged image: {error or type(error).__name__}".split())[:200]
@@ -207,9 +206,10 @@ def _over_paper(pixels: np.ndarray) -> np.ndarray:
     colour, alpha = values[..., :3], values[..., 3:]
     if not alpha.size or alpha.min() >= 0.999:
         return colour
-    visible = colour[alpha[..., 0] > 0.5]
-    if not len(visible):
+    strongest = float(alpha.max())  # a translucent brush's ink is nowhere opaque
+    if strongest < 0.02:
         return np.zeros_like(colour[..., :1])
+    visible = colour[alpha[..., 0] > 0.5 * strongest]
     if visible.mean(1).std() > 0.15:
         # Paper and ink are both there and something around them is cut away: the paper goes on.
         paper = np.median(visible, axis=0)
@@ -262,8 +262,9 @@ def _find(values: np.ndarray) -> Grey | None:
     tiny = min(grey.shape) <= 40
     even = grey if tiny else _even_light(grey)
     strength = _find_at_working_size(even, tight=tiny, tiny=tiny)
-    if strength is not None and not tiny and (sheet := sheet_of_paper((strength > 0.5).astype(np.uint8))):
-        on_sheet = _find(_upright(values, sheet, max(grey.shape) / max(strength.shape)))
+    found = None if strength is None or tiny else (strength > 0.5).astype(np.uint8)
+    if found is not None and (sheet := sheet_of_paper(found) or solid_card(found)):
+        on_sheet = _find(upright(values, sheet, max(grey.shape) / max(found.shape)))
         if on_sheet is not None:
             return on_sheet
     # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.
@@ -311,22 +312,6 @@ def _even_light(grey: Grey) -> Grey:
 def _quadratic_terms(height: int, width: int) -> list[np.ndarray]:
     y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     return [np.ones_like(x), x, y, x * x, y * y, x * y]
-
-
-def _upright(values: np.ndarray, sheet: Sheet, scale: float) -> np.ndarray:
-    """What lies within a sheet of paper, which is given at 1/`scale` of the size of (H, W, C), with its sides level."""
-    (x, y), (width, height), degrees = np.multiply(sheet[0], scale), np.multiply(sheet[1], scale), sheet[2]
-    quarters = round(degrees / 90)  # OpenCV's versions differ in which side they call the width
-    if quarters % 2:
-        width, height = height, width
-    turn = cv2.getRotationMatrix2D((float(x), float(y)), degrees - 90 * quarters, 1.0)
-    turned = cv2.warpAffine(values, turn, values.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
-    # A little less than all: what lies under the sheet must not show at its edges.
-    rows, columns = (
-        slice(max(0, int(middle - 0.46 * extent)), int(middle + 0.46 * extent) + 1)
-        for middle, extent in ((y, height), (x, width))
-    )
-    return turned[rows, columns].reshape(len(turned[rows]), -1, values.shape[2])
 
 
 def _find_at_working_size(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from mnist_accel.lines import foreign_parts
 from mnist_accel.paper import find_ink, inked, is_dark_ink, otsu_level
 from mnist_accel.parts import (
     Grey,
@@ -48,13 +49,16 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
         mask, strength, noise = find_ink(smooth, tight)
     if not tight:
         mask, strength = _filled(mask, strength, smooth)
-        foreign = _foreign_parts(mask)
+        foreign = foreign_parts(mask)
         if foreign.any():
             # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
             rest = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
             digit = _of_one_pen(_digit_parts(inked(rest, noise), rest), rest)
-            # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left.
-            if longest_side(digit) > 0.12 * max(digit.shape) and not _is_shading(strength, digit):
+            # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left;
+            # but it covers no half of one of the image's sides, as a scanner's dark edge does.
+            sides = foreign[0], foreign[-1], foreign[:, 0], foreign[:, -1]
+            least = 0.04 if max(side.mean() for side in sides) > 0.5 else 0.12
+            if longest_side(digit) > least * max(digit.shape) and not _is_shading(strength, digit):
                 return _sharpened(rest, digit)
     digit = _of_one_pen(_digit_parts(mask, strength), strength)
     found = digit.any() and (tiny or not _is_shading(strength, digit))
@@ -115,104 +119,31 @@ def sheet_of_paper(found: Mask) -> Sheet | None:
     return (middle, size, degrees) if blank > 0.1 * min(size) and stroke < 0.6 * blank else None
 
 
-# --- lines and frames ------------------------------------------------------------------------------------------------
+def solid_card(found: Mask) -> Sheet | None:
+    """The note or plate that was found as one filled rectangle: its ink and what it lies on are both darker, say."""
+    outlines = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    if len(outlines) != 1:
+        return None
+    middle, size, degrees = cv2.minAreaRect(outlines[0])
+    if min(size) < max(0.1 * max(found.shape), 0.5 * max(size)):
+        return None
+    return (middle, size, degrees) if found.sum() > 0.93 * size[0] * size[1] else None
 
 
-def _foreign_parts(mask: Mask) -> Mask:
-    """What is no part of the digit: frames, the lines of tables and of ruled paper, what reaches in from outside."""
-    lines = _crossing_lines(mask)
-    height, width = mask.shape
-    parts = Parts(mask & ~lines)
-    border = np.ones_like(mask)
-    depth_y, depth_x = round(0.15 * height), round(0.15 * width)
-    border[depth_y : height - depth_y, depth_x : width - depth_x] = 0
-    foreign = parts.at_edge() & (parts.sums(border) / parts.area > 0.85)
-    for part in 1 + np.flatnonzero((parts.size[1:] > (0.2 * width, 0.2 * height)).all(1)):
-        shape = parts.mask(part)
-        large = (parts.size[part] > (0.5 * width, 0.5 * height)).all()
-        foreign[part] |= (large and _is_frame(shape[box_of(shape)])) or _is_drawn_around(shape, parts)
-    # What lies around a corner of the image is the desk beside a sheet, where a digit stands free.
-    around = np.zeros(parts.count, bool)
-    around[parts.labels[[0, 0, -1, -1], [0, -1, 0, -1]]] = True
-    others = np.where(around | foreign, 0, parts.area)
-    others[0] = around[0] = 0
-    largest = int(others.argmax())
-    if others.any() and not parts.at_edge()[largest] and parts.size[largest].max() > 0.12 * max(mask.shape):
-        foreign |= around
-    return lines | foreign.astype(np.uint8)[parts.labels]
-
-
-def _is_frame(shape: Mask) -> bool:
-    """Whether a shape follows its bounding box on all four sides, corners included, and leaves the middle free."""
-    height, width = shape.shape
-    y, x = max(2, round(0.12 * height)), max(2, round(0.12 * width))
-    sides = shape[:y].any(0), shape[-y:].any(0), shape[:, :x].any(1), shape[:, -x:].any(1)
-    return min(side.mean() for side in sides) > 0.9 and not shape[2 * y : -2 * y, 2 * x : -2 * x].any()
-
-
-def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
-    """Whether a thin ring or box, about as wide as high, has a part inside that is a good deal of its height."""
-    height, width = shape[box_of(shape)].shape
-    if not 0.75 < width / height < 1.33:
-        return False
-    filled = without_holes(shape)
-    holes = Parts(filled & ~shape)
-    if holes.count < 2:
-        return False
-    hole = holes.mask(holes.largest())
-    inside = hole & (parts.labels > 0)
-    return hole.sum() > 0.6 * filled.sum() and inside[box_of(inside)].shape[0] > 0.28 * height
-
-
-def _crossing_lines(mask: Mask) -> Mask:
-    """Straight lines that run through the whole image, and are no strokes of the digit."""
-    lines = _level_lines(mask) + [line.T for line in _level_lines(mask.T.copy())]
-    result = np.zeros_like(mask)
-    if not lines:
-        return result
-    rest = Parts(mask & ~np.bitwise_or.reduce(lines))
-    if rest.count < 2:
-        return result
-    # A 7's bar, or a 4's stem, in a close crop, is told from a line by what is left: without the line, the digit stands
-    # free of the image's edges; without the bar, the 7's stem still reaches one. A line through the middle must also be
-    # thinner than the pen.
-    height, width = mask.shape
-    digit, free = rest.mask(rest.largest()), not rest.at_edge()[rest.largest()]
-    near, pen = grown(digit, 3), stroke_width(digit)
-    for line in lines:
-        rows, columns = box_of(line)
-        at_border = min(rows.stop, columns.stop) - 1 < 0.2 * max(height, width)
-        at_border |= max(rows.start / height, columns.start / width) > 0.8
-        if not (near & line).any() or (free and (at_border or stroke_width(line) < 0.6 * pen)):
-            result |= line
-    if not result.any():
-        return result
-    # Where two lines cross, the dot that each of them takes for a stroke of the other is left.
-    left = Parts(mask & ~result)
-    touching = np.zeros(left.count, bool)
-    touching[left.labels[grown(result, 3) > 0]] = True
-    dots = touching & (left.size.max(1) <= 2.5 * stroke_width(result) + 2)
-    dots[0] = False
-    return result | dots.astype(np.uint8)[left.labels]
-
-
-def _level_lines(mask: Mask) -> list[Mask]:
-    """The pixels of each line within about 5 degrees of level that runs from the left edge to the right."""
-    height, width = mask.shape
-    # A slanting line is a staircase of runs; thickened a little, runs of a quarter of the width hold together.
-    thick = cv2.dilate(mask, np.ones((round(0.02 * height) | 1, 1), np.uint8))
-    runs = Parts(cv2.morphologyEx(thick, cv2.MORPH_OPEN, np.ones((1, max(3, width // 4)), np.uint8)) & mask)
-    lines = []
-    for run in range(1, runs.count):
-        (wide, high), area = runs.size[run], runs.area[run]
-        if wide >= 0.98 * width and high <= 0.25 * height and area <= 0.12 * height * wide:
-            # Strokes that cross the line are taller than it is thick: they stay whole.
-            tall: Mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((int(1.7 * area / wide) + 3, 1), np.uint8))
-            lines.append(runs.mask(run) & ~tall)
-    return [line for line in lines if line.any()]
-
-
-# --- the digit -------------------------------------------------------------------------------------------------------
+def upright(values: np.ndarray, sheet: Sheet, scale: float) -> np.ndarray:
+    """What lies within a sheet of paper, which is given at 1/`scale` of the size of (H, W, C), with its sides level."""
+    (x, y), (width, height), degrees = np.multiply(sheet[0], scale), np.multiply(sheet[1], scale), sheet[2]
+    quarters = round(degrees / 90)  # OpenCV's versions differ in which side they call the width
+    if quarters % 2:
+        width, height = height, width
+    turn = cv2.getRotationMatrix2D((float(x), float(y)), degrees - 90 * quarters, 1.0)
+    turned = cv2.warpAffine(values, turn, values.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+    # A little less than all: what lies under the sheet must not show at its edges.
+    rows, columns = (
+        slice(max(0, int(middle - 0.46 * extent)), int(middle + 0.46 * extent) + 1)
+        for middle, extent in ((y, height), (x, width))
+    )
+    return turned[rows, columns].reshape(len(turned[rows]), -1, values.shape[2])
 
 
 def _digit_parts(mask: Mask, strength: Grey) -> Mask:

@@ -32,6 +32,7 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
     columns = max(1, min(COLUMNS, len(items)))
     rows = max(1, -(-len(items) // columns))
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), PAPER)
+    names = [_drawable(name) for name in class_names]
     draw, font, small = ImageDraw.Draw(sheet), _font(13), _font(9)
     for i, (file, label) in enumerate(items):
         x, y = GAP + i % columns * width, GAP + i // columns * height
@@ -43,9 +44,9 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
         draw.rectangle((x - 1, y - 1, x + IMAGE, y + IMAGE), outline=EDGE)  # where paper on paper begins
         digit = Image.fromarray(file.digit).resize((IMAGE, IMAGE), Image.Resampling.NEAREST)
         sheet.paste(digit, (x + IMAGE + GAP, y))
-        answer, colour = class_names[file.prediction], TEXT if label is None else RIGHT
+        answer, colour = names[file.prediction], TEXT if label is None else RIGHT
         if label not in (None, file.prediction):
-            answer, colour = f"{answer}  not {class_names[label]}", WRONG
+            answer, colour = f"{answer}  not {names[label]}", WRONG
             draw.rectangle((x - 2, y - 2, right + 1, y + IMAGE + LINE + NAME + 2), outline=WRONG, width=2)
         confidence = f"{file.confidence:.0%}"
         draw.text((right, line), confidence, fill=FAINT, font=font, anchor="ra")
@@ -54,11 +55,16 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
         while draw.textlength(answer, fitting) > room:
             answer = answer.removesuffix("…")[:-1] + "…"
         draw.text((x + 2, line), answer, fill=colour, font=fitting)
-        name = file.path.rpartition("/")[2].replace("\n", " ")
+        name = _drawable(file.path.rpartition("/")[2])
         while draw.textlength(name, small) > right - x - 4:
             name = "…" + name.removeprefix("…")[1:]  # the end of a name tells files of a camera apart
         draw.text((x + 2, line + LINE), name, fill=FAINT, font=small)
     write_picture(sheet, path)
+
+
+def _drawable(text: str) -> str:
+    """The text on one line: no font draws what ends a line or controls a terminal, and Pillow can fail at it."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

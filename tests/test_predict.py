@@ -256,6 +256,7 @@ def test_the_sheet_shows_file_names_of_any_kind_below_their_images(tmp_path):
 
     (short, after_short), (long, after_long) = drawn("a/1.png"), drawn(f"a/{'ー' * 50}\n{'1' * 100}.png")
     assert np.array_equal(after_short, after_long) and np.array_equal(after_short, drawn("a/\n.png")[1])
+    assert np.array_equal(drawn("a/Icon\r\u2028\x1c.png")[0], drawn("a/Icon   .png")[0])
     assert (long != short).any() and (long < 128).sum() > (short < 128).sum()
     assert not np.array_equal(short, drawn("a/7.png")[0])
 

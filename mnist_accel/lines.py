@@ -1,0 +1,143 @@
+"""What is drawn beside a digit or under it: the lines of ruled paper and of tables, boxes, frames, what reaches in."""
+
+import cv2
+import numpy as np
+
+from mnist_accel.parts import Mask, Parts, box_of, grown, longest_side, stroke_width, without_holes
+
+
+def foreign_parts(mask: Mask) -> Mask:
+    """What is no part of the digit: frames, the lines of tables and of ruled paper, what reaches in from outside."""
+    lines = _crossing_lines(mask)
+    lines |= _touched_lines(mask & ~lines)
+    height, width = mask.shape
+    parts = Parts(mask & ~lines)
+    border = np.ones_like(mask)
+    depth_y, depth_x = round(0.15 * height), round(0.15 * width)
+    border[depth_y : height - depth_y, depth_x : width - depth_x] = 0
+    foreign = parts.at_edge() & (parts.sums(border) / parts.area > 0.85)
+    for part in 1 + np.flatnonzero((parts.size[1:] > (0.2 * width, 0.2 * height)).all(1)):
+        shape = parts.mask(part)
+        large = (parts.size[part] > (0.5 * width, 0.5 * height)).all()
+        foreign[part] |= (large and _is_frame(shape[box_of(shape)])) or _is_drawn_around(shape, parts)
+    # What lies around a corner of the image is the desk beside a sheet, where a digit stands free.
+    around = np.zeros(parts.count, bool)
+    around[parts.labels[[0, 0, -1, -1], [0, -1, 0, -1]]] = True
+    others = np.where(around | foreign, 0, parts.area)
+    others[0] = around[0] = 0
+    largest = int(others.argmax())
+    if others.any() and not parts.at_edge()[largest] and parts.size[largest].max() > 0.12 * max(mask.shape):
+        foreign |= around
+    return lines | foreign.astype(np.uint8)[parts.labels]
+
+
+def _is_frame(shape: Mask) -> bool:
+    """Whether a shape follows its bounding box on all four sides, corners included, and leaves the middle free."""
+    height, width = shape.shape
+    y, x = max(2, round(0.12 * height)), max(2, round(0.12 * width))
+    sides = shape[:y].any(0), shape[-y:].any(0), shape[:, :x].any(1), shape[:, -x:].any(1)
+    return min(side.mean() for side in sides) > 0.9 and not shape[2 * y : -2 * y, 2 * x : -2 * x].any()
+
+
+def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
+    """Whether a thin ring or box, about as wide as high, has a part inside that is a good deal of its height."""
+    height, width = shape[box_of(shape)].shape
+    if not 0.75 < width / height < 1.33:
+        return False
+    filled = without_holes(shape)
+    holes = Parts(filled & ~shape)
+    if holes.count < 2:
+        return False
+    hole = holes.mask(holes.largest())
+    inside = hole & (parts.labels > 0)
+    return hole.sum() > 0.6 * filled.sum() and inside[box_of(inside)].shape[0] > 0.28 * height
+
+
+def _crossing_lines(mask: Mask) -> Mask:
+    """Straight lines that run through the whole image, and are no strokes of the digit."""
+    lines = _level_lines(mask) + [line.T for line in _level_lines(mask.T.copy())]
+    result = np.zeros_like(mask)
+    if not lines:
+        return result
+    rest = Parts(mask & ~np.bitwise_or.reduce(lines))
+    if rest.count < 2:
+        return result
+    # A 7's bar, or a 4's stem, in a close crop, is told from a line by what is left: without the line, the digit stands
+    # free of the image's edges; without the bar, the 7's stem still reaches one. A line through the middle must also be
+    # thinner than the pen.
+    height, width = mask.shape
+    digit, free = rest.mask(rest.largest()), not rest.at_edge()[rest.largest()]
+    near, pen, longest = grown(digit, 3), stroke_width(digit), longest_side(digit)
+    across = box_of(digit)[1]
+    for line in lines:
+        rows, columns = box_of(line)
+        at_border = min(rows.stop, columns.stop) - 1 < 0.2 * max(height, width)
+        at_border |= max(rows.start / height, columns.start / width) > 0.8
+        # No bar of a digit reaches far beyond it on both sides.
+        level = columns.stop - columns.start > rows.stop - rows.start
+        beyond = level and min(across.start, width - across.stop) > 0.25 * longest
+        if not (near & line).any() or (free and (at_border or beyond or stroke_width(line) < 0.6 * pen)):
+            result |= line
+    if not result.any():
+        return result
+    # Where two lines cross, the dot that each of them takes for a stroke of the other is left.
+    left = Parts(mask & ~result)
+    touching = np.zeros(left.count, bool)
+    touching[left.labels[grown(result, 3) > 0]] = True
+    dots = touching & (left.size.max(1) <= 2.5 * stroke_width(result) + 2)
+    dots[0] = False
+    return result | dots.astype(np.uint8)[left.labels]
+
+
+def _touched_lines(mask: Mask) -> Mask:
+    """Straight lines that the digit touches and that are no strokes of it: one to write on, a box that it crosses."""
+    result = np.zeros_like(mask)
+    parts = Parts(mask)
+    extent = np.where(parts.at_edge(), 0, parts.size.max(1))
+    extent[0] = 0
+    part = int(extent.argmax())
+    if extent[part] < 0.12 * max(mask.shape):
+        return result
+    box = box_of(parts.mask(part))
+    shape = parts.mask(part)[box]
+    level = _level_lines(shape, 0.5 * extent[part])
+    upright = [line.T for line in _level_lines(shape.T.copy(), 0.5 * extent[part])]
+    if len(level) > 1 and len(upright) > 1:
+        strokes = shape & ~np.bitwise_or.reduce(level + upright)
+        pen = max(stroke_width(each) for each in [*level, *upright, strokes])
+        thin = [[line for line in each if stroke_width(line) < 0.6 * pen] for each in (level, upright)]
+        if min(len(each) for each in thin) > 1:
+            result[box] = np.bitwise_or.reduce(thin[0] + thin[1])
+            return result
+    for line in level:
+        rest = Parts(shape & ~line)
+        if rest.count < 2:
+            continue
+        digit = rest.mask(rest.largest())
+        across, along, longest = box_of(digit)[1], box_of(line)[1], longest_side(digit)
+        beyond = min(across.start - along.start, along.stop - across.stop)
+        # No bar of a digit is longer than the digit, and reaches beyond the rest of it on both sides.
+        if along.stop - along.start > 1.2 * longest and beyond > 0.1 * longest:
+            result[box] |= line
+    return result
+
+
+def _level_lines(mask: Mask, shortest: float | None = None) -> list[Mask]:
+    """The pixels of each line within 5 degrees of level that runs from edge to edge, or is not shorter than this."""
+    height, width = mask.shape
+    shortest = 0.98 * width if shortest is None else shortest
+    # A slanting line is a staircase of runs; thickened a little, runs of a quarter of the width hold together.
+    thick = cv2.dilate(mask, np.ones((round(0.02 * height) | 1, 1), np.uint8))
+    runs = Parts(cv2.morphologyEx(thick, cv2.MORPH_OPEN, np.ones((1, max(3, width // 4)), np.uint8)) & mask)
+    lines = []
+    for run in range(1, runs.count):
+        (wide, high), area = runs.size[run], runs.area[run]
+        if wide >= shortest and high <= 0.25 * height and area <= 0.12 * height * wide:
+            # Strokes that cross the line are taller than it is thick: they stay whole.
+            line = runs.mask(run)
+            thickness = line.sum(0)[line.any(0)]
+            # The median: a bar that lies along the line is none of its thickness.
+            side = int(1.7 * float(np.median(thickness))) + 3
+            tall: Mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((side, 1), np.uint8))
+            lines.append(line & ~tall)
+    return [line for line in lines if line.any()]
