@@ -3,9 +3,7 @@
 import os
 import shutil
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -54,65 +52,41 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, and keeps the newest `keep`.
+def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:
+    """Write `content` (tensors, numbers, text, lists and dicts) as the checkpoint of `step`; the newest `keep` stay.
 
-    `save` copies the state and returns; the disk is waited for only by the next `save` or by `wait`, which raise
-    a `UserError` where the checkpoint could not be written. Only the main process may own one.
+    Only the main process may do so. Raises a `UserError` where the disk refuses; earlier checkpoints are then intact.
     """
-
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-
-    def save(self, step: int, content: dict[str, Any]) -> None:
-        """Write `content` (tensors, numbers, text, lists and dicts) as the checkpoint of `step`."""
-        self.wait()
-        self._pending = self._thread.submit(self._write, step, deepcopy(content))
-
-    def wait(self) -> None:
-        """Return when the last checkpoint is complete on disk."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint, once the one under way is written."""
-        self.wait()
-        return max(complete_checkpoints(self.folder), default=None)
-
-    def _write(self, step: int, content: dict[str, Any]) -> None:
-        target = self.folder / f"step_{step:08d}"
-        unfinished = self.folder / f".unfinished-{target.name}"
-        try:
-            self.folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
-            for leftover in self.folder.glob(".*"):  # of a write or a removal that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
-            unfinished.mkdir()
-            # Into memory first: of a full disk torch.save says only "unexpected pos" in a C++ file.
-            serialized = BytesIO()
-            torch.save(content, serialized)
-            with open(unfinished / STATE_NAME, "wb") as file:
-                file.write(serialized.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            flush_folder(unfinished)
-            if target.exists():
-                _remove(target)  # a run resumed from an older checkpoint comes by this step again
-            unfinished.rename(target)
-            flush_folder(self.folder)
-        except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise UserError(
-                f"checkpoint {target} cannot be written: {error.strerror or error}; earlier checkpoints are intact: "
-                "make room or choose another --output-dir, then --resume"
-            ) from error
-        # Steps beyond this one belong to a course that was given up by resuming from before them; they are left alone.
-        older = [path for path in complete_checkpoints(self.folder) if path.name <= target.name]
-        for path in older[: -self.keep]:
-            with suppress(OSError):  # an old checkpoint that stays does no harm
-                _remove(path)
+    target = folder / f"step_{step:08d}"
+    unfinished = folder / f".unfinished-{target.name}"
+    try:
+        folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
+        for leftover in folder.glob(".*"):  # of a write or a removal that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished.mkdir()
+        # Into memory first: of a full disk torch.save says only "unexpected pos" in a C++ file.
+        serialized = BytesIO()
+        torch.save(content, serialized)
+        with open(unfinished / STATE_NAME, "wb") as file:
+            file.write(serialized.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        flush_folder(unfinished)
+        if target.exists():
+            _remove(target)  # a run resumed from an older checkpoint comes by this step again
+        unfinished.rename(target)
+        flush_folder(folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {target} cannot be written: {error.strerror or error}; earlier checkpoints are intact: "
+            "make room or choose another --output-dir, then --resume"
+        ) from error
+    # Steps beyond this one belong to a course that was given up by resuming from before them; they are left alone.
+    older = [path for path in complete_checkpoints(folder) if path.name <= target.name]
+    for path in older[:-keep]:
+        with suppress(OSError):  # an old checkpoint that stays does no harm
+            _remove(path)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

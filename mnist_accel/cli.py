@@ -158,7 +158,7 @@ def _end_process(status: int) -> NoReturn:
     can outlive the process group: where it meets an interpreter being taken down, it aborts a process whose work was
     done, and the launcher reports a failure.
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # the checkpoint under way is written to its end
+    threading._shutdown()  # type: ignore[attr-defined]  # what other threads still do is done
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

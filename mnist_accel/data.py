@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -215,39 +214,19 @@ def scale_image(image: Any, where: str) -> np.ndarray:
 
 
 def _cached(name: str, key: list[Any], make: Callable[[], ImageData]) -> ImageData:
-    """The data set of this key from the cache, else made and put there by one process while the others wait.
+    """The data set of this key from the cache, else made and put there; `name` is what it is called this time.
 
-    `name` is what it is called this time: one folder can be given in several ways.
+    One folder can be given in several ways. Processes that come here together each make it: let one of them go ahead.
     """
-    from filelock import FileLock
-
     # The folder follows the rule of huggingface_hub, without importing it.
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, *key]).encode()).hexdigest()[:32]
     file = Path(home, "mnist_accel", f"{digest}.safetensors").expanduser()
-    if data := _read_cache(file, name):
-        return data
-    began = time.time()
-    lock, failure = FileLock(file.with_suffix(".lock")), file.with_suffix(".failed")
-    with suppress(OSError, NotImplementedError):  # a cache that cannot be written: every process makes its own
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    try:
-        if data := _read_cache(file, name):
-            return data
-        with suppress(OSError):  # another process's failure: do not wait for the Hub once more for every process
-            if failure.stat().st_mtime >= began:
-                raise UserError(failure.read_text(encoding="utf-8"))
-        try:
-            data = make()
-        except UserError as error:
-            with suppress(OSError):
-                failure.write_text(str(error), encoding="utf-8")
-            raise
+    data = _read_cache(file, name)
+    if data is None:
+        data = make()
         _write_cache(file, name, data)
-        return data
-    finally:
-        lock.release()
+    return data
 
 
 def _write_cache(file: Path, name: str, data: ImageData) -> None:
@@ -256,6 +235,7 @@ def _write_cache(file: Path, name: str, data: ImageData) -> None:
     facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "remarks": remarks}
     unfinished = file.with_suffix(f".{os.getpid()}.partial")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_bytes(save(tensors, facts))
         unfinished.replace(file)
     except OSError as error:

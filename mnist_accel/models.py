@@ -193,21 +193,13 @@ def unpacked(model: DigitClassifier, content: dict[str, Any]) -> DigitClassifier
     return model
 
 
-def save_model(model: DigitClassifier, folder: Path, /, **facts: Any) -> None:
-    """Write `model.safetensors` and `config.json` into `folder`.
+def model_files(model: DigitClassifier, /, **facts: Any) -> dict[str, bytes]:
+    """What `load_model` reads of the unwrapped network: `model.safetensors` and `config.json`, name to content.
 
-    Args:
-        model: the unwrapped network, whose name and classes are recorded.
-        folder: made if missing.
-        facts: JSON values to record beside them, such as the data set and the accuracy.
+    `facts` are JSON values to record beside its name and classes, such as the data set and the accuracy.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     # The plain contiguous layout: the file should not tell on which device or in what memory format it was trained.
-    plain = {
-        k: v.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-        for k, v in model.state_dict().items()
-    }
-    (folder / WEIGHTS_NAME).write_bytes(save(plain, metadata={"format": "pt"}))
+    plain = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = {
         "model": model.name,
         "class_names": model.class_names,
@@ -217,7 +209,15 @@ def save_model(model: DigitClassifier, folder: Path, /, **facts: Any) -> None:
         "no_digit_level": model.no_digit_level if math.isfinite(model.no_digit_level) else None,
         **facts,
     }
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    text = json.dumps(config, indent=2) + "\n"
+    return {WEIGHTS_NAME: save(plain, metadata={"format": "pt"}), CONFIG_NAME: text.encode()}
+
+
+def save_model(model: DigitClassifier, folder: Path, /, **facts: Any) -> None:
+    """Write `model_files` into `folder`, which is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in model_files(model, **facts).items():
+        (folder / name).write_bytes(content)
 
 
 def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:

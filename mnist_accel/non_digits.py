@@ -13,7 +13,7 @@ import torch
 from mnist_accel.data import SIZE, Split
 from mnist_accel.images import BOX, to_mnist
 from mnist_accel.loader import NO_DIGIT
-from mnist_accel.parts import fitted
+from mnist_accel.parts import box_of, fitted
 from mnist_accel.seeding import derive_seed
 
 CANVAS = 96
@@ -35,8 +35,7 @@ def with_non_digits(split: Split, count: int, seed: int) -> Split:
 
 def _inked(ink: np.ndarray) -> tuple[slice, slice]:
     """The rows and columns of the box of what is inked, empty in a blank image; fainter pixels do not count."""
-    x, y, width, height = cv2.boundingRect((ink > 40).astype(np.uint8))
-    return slice(y, y + height), slice(x, x + width)
+    return box_of(ink > 40)
 
 
 def _in_box(ink: np.ndarray) -> np.ndarray:

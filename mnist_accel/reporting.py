@@ -72,12 +72,6 @@ class Reporter:
             dynamic_ncols=True,
         )
 
-    def advance(self, images: int) -> None:
-        self.bar.update(images)
-
-    def end_epoch(self) -> None:
-        self.bar.close()
-
     def log_step(self, step: int, epoch: int, done: int, images: int, loss: float, rate: float, speed: float) -> None:
         """A progress line, and the same numbers to the trackers; `loss` is the epoch's mean so far."""
         self.say(

@@ -3,11 +3,10 @@
 import json
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -27,7 +26,7 @@ from mnist_accel.data import ImageData, Split
 from mnist_accel.distributed import describe_device
 from mnist_accel.evaluation import Evaluation
 from mnist_accel.model_card import model_card
-from mnist_accel.models import CONFIG_NAME, DigitClassifier, save_model
+from mnist_accel.models import CONFIG_NAME, DigitClassifier, model_files
 from mnist_accel.output import replacing
 
 # What a checkpoint holds; by the options and the data's fingerprint it is known of which run it is.
@@ -154,19 +153,13 @@ class RunFolder:
 
     def write_weights(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
         """`best/` or `final/`: safetensors, config.json and the model card, each replaced whole."""
-        folder, staging = self.path / name, self.path / f".unfinished-{name}"
-        shutil.rmtree(staging, ignore_errors=True)  # of a write that was killed
-        try:
-            with _user_error(folder):
-                staging.mkdir()  # without its parents: a run's folder that has gone is not made again
-                save_model(model, staging, **facts)
-                (staging / "README.md").write_text(model_card(model, facts), encoding="utf-8")
-                folder.mkdir(exist_ok=True)
-            for file in sorted(staging.iterdir(), reverse=True):
-                with _written_whole(folder / file.name) as temporary:
-                    file.rename(temporary)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # on a full disk every byte counts
+        folder = self.path / name
+        with _user_error(folder):
+            folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
+        files = model_files(model, **facts) | {"README.md": model_card(model, facts).encode()}
+        with ExitStack() as all_or_none:  # each takes its place only once all are written
+            for file, content in files.items():
+                all_or_none.enter_context(_written_whole(folder / file)).write_bytes(content)
 
     def add_facts(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
         """Write `best/` or `final/`, which holds this network, once more, with more facts in config.json and card."""

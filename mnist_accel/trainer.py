@@ -12,7 +12,7 @@ from torch import nn
 
 from mnist_accel.augment import AUGMENTATIONS
 from mnist_accel.averaging import WeightAverage
-from mnist_accel.checkpoint import CheckpointWriter, TrainState
+from mnist_accel.checkpoint import TrainState, complete_checkpoints, write_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import TrainConfig
 from mnist_accel.data import Split, load_data
@@ -49,8 +49,10 @@ class Trainer:
         device = self.accelerator.device
         choose_kernels(config.deterministic)
 
-        with together(self.accelerator):
-            self.data = load_data(config.dataset)
+        for decodes in (True, False):  # one process of each machine, then the others from its cache
+            with together(self.accelerator):
+                if self.accelerator.is_local_main_process == decodes:
+                    self.data = load_data(config.dataset)
         train_split, self.eval_split, self.eval_name = self.data.train, self.data.test, "test"
         if config.validation_size:
             train_split, self.eval_split = hold_out(self.data.train, config.validation_size, config.seed)
@@ -83,7 +85,6 @@ class Trainer:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.check_interval = 1 if device.type == "cpu" else ACCELERATOR_CHECK_INTERVAL
         self.evaluation: Evaluation | None = None  # the newest
-        self.writer = CheckpointWriter(self.folder.checkpoints, config.keep_checkpoints)
 
     def run(self) -> int:
         """Train to the end or to a stop signal; returns the exit status, 128 + the signal's number after a signal."""
@@ -126,7 +127,7 @@ class Trainer:
                     epoch_ends = state.step % loader.steps_per_epoch == 0
                     if self.average is not None:
                         self.average.update(self.network, state.step)
-                    self.reporter.advance(batch.size)
+                    self.reporter.bar.update(batch.size)
                     if epoch_ends or state.step % config.log_every == 0:
                         self._log_progress(epoch, rate)
                     stopping = state.step == self.last_step or stop_signal
@@ -135,7 +136,7 @@ class Trainer:
                         self._save_checkpoint()
                     if stopping:
                         break
-                self.reporter.end_epoch()
+                self.reporter.bar.close()
                 if epoch_ends:
                     self._end_epoch()
             return self._stop(stop_signal) if stop_signal and state.step < self.last_step else self._finish()
@@ -157,7 +158,7 @@ class Trainer:
         if math.isfinite(loss_sum):
             return
         with together(self.accelerator):
-            saved = self.writer.newest() if self.is_main else None
+            saved = max(complete_checkpoints(self.folder.checkpoints), default=None)
             since = f"within the {self.check_interval} steps up to " if self.check_interval > 1 else "at "
             raise UserError(
                 f"the loss is not finite {since}step {self.state.step + 1}, at learning rate {rate:g}; the last good "
@@ -193,19 +194,17 @@ class Trainer:
         with together(self.accelerator):
             if self.is_main:
                 scaler = self.accelerator.scaler
-                self.writer.save(
-                    self.state.step,
-                    {
-                        "options": self.config.options(),
-                        "fingerprint": self.data.fingerprint,
-                        "state": asdict(self.state),
-                        "model": self.network.state_dict(),
-                        "average": self.average.model.state_dict() if self.average else None,
-                        "best": self.best,
-                        "optimizer": self.optimizer.state_dict(),
-                        "scaler": scaler.state_dict() if scaler else None,
-                    },
-                )
+                content = {
+                    "options": self.config.options(),
+                    "fingerprint": self.data.fingerprint,
+                    "state": asdict(self.state),
+                    "model": self.network.state_dict(),
+                    "average": self.average.model.state_dict() if self.average else None,
+                    "best": self.best,
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else None,
+                }
+                write_checkpoint(self.folder.checkpoints, self.state.step, content, self.config.keep_checkpoints)
 
     def _end_epoch(self) -> None:
         """Evaluate, write the epoch's row, keep the best weights, and save where the epoch is complete."""
@@ -300,7 +299,6 @@ class Trainer:
         final |= {"test_accuracy": result.accuracy, "best_epoch": state.best_epoch}
         with together(self.accelerator):
             if self.is_main:
-                self.writer.wait()
                 self._write_weights("final", "test", result)
                 if self.config.validation_size:
                     best = load_model(self.folder.path / "best")
@@ -322,10 +320,7 @@ class Trainer:
         return 0
 
     def _stop(self, stop_signal: int) -> int:
-        """After a signal: the checkpoint is on disk before the process ends."""
-        with together(self.accelerator):
-            if self.is_main:
-                self.writer.wait()
+        """After a signal, whose checkpoint the loop has written."""
         self.reporter.say(
             f"Stopped by {signal.Signals(stop_signal).name} after step {self.state.step}; the state is saved: continue "
             f"with the same options and --output-dir {self.folder.path} --resume auto"

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from mnist_accel import checkpoint
-from mnist_accel.checkpoint import STATE_NAME, CheckpointWriter, TrainState, complete_checkpoints, read_checkpoint
+from mnist_accel.checkpoint import STATE_NAME, TrainState, complete_checkpoints, read_checkpoint, write_checkpoint
 from mnist_accel.cli import UserError
 
 
@@ -18,10 +17,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def save(writer: CheckpointWriter, *steps: int) -> None:
+def save(folder: Path, *steps: int, keep: int = 1) -> None:
     for step in steps:
-        writer.save(step, {"step": step, "weights": torch.full((3,), float(step))})
-    writer.wait()
+        write_checkpoint(folder, step, {"step": step, "weights": torch.full((3,), float(step))}, keep)
 
 
 @pytest.fixture
@@ -34,9 +32,8 @@ def test_what_is_saved_is_read_back(folder):
         "number": 3, "text": "a", "nothing": None, "rows": [{"loss": 0.5}], "pair": (1, 2.5),
         "tensors": {"half": torch.arange(4).half(), "long": torch.tensor([[1, 2]])},
     }  # fmt: skip
-    writer = CheckpointWriter(folder, keep=1)
-    writer.save(7, content)
-    read = read_checkpoint(writer.newest())
+    write_checkpoint(folder, 7, content, keep=1)
+    read = read_checkpoint(folder / "step_00000007")
     for name, tensor in content.pop("tensors").items():
         other = read["tensors"][name]
         assert other.dtype == tensor.dtype and torch.equal(other, tensor)
@@ -45,15 +42,12 @@ def test_what_is_saved_is_read_back(folder):
 
 
 def test_the_newest_are_kept(folder):
-    writer = CheckpointWriter(folder, keep=2)
-    save(writer, 3, 6, 9, 12)
+    save(folder, 3, 6, 9, 12, keep=2)
     assert names(folder) == ["step_00000009", "step_00000012"]
-    assert writer.newest().name == "step_00000012"
 
 
 def test_an_older_checkpoint_goes_only_after_the_newer_is_complete(folder, monkeypatch):
-    writer = CheckpointWriter(folder, keep=1)
-    save(writer, 1)
+    save(folder, 1)
     at_removal = []
     original = checkpoint._remove
 
@@ -62,7 +56,7 @@ def test_an_older_checkpoint_goes_only_after_the_newer_is_complete(folder, monke
         original(path)
 
     monkeypatch.setattr(checkpoint, "_remove", remove)
-    save(writer, 2)
+    save(folder, 2)
     assert at_removal == [("step_00000001", [1, 2])]
     assert names(folder) == ["step_00000002"]
 
@@ -76,7 +70,7 @@ def test_until_it_is_complete_a_checkpoint_does_not_carry_its_name(folder, monke
         seen.append(names(folder))
 
     monkeypatch.setattr(torch, "save", slow_save)
-    save(CheckpointWriter(folder, keep=2), 5)
+    save(folder, 5, keep=2)
     assert seen == [[".unfinished-step_00000005"]]
     assert names(folder) == ["step_00000005"]
 
@@ -88,7 +82,7 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(folder, monkeyp
     monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"rename {to}"), original(self, to))[1])
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("which file is flushed is read from /proc, which is not here")
-    save(CheckpointWriter(folder, keep=1), 5)
+    save(folder, 5)
     unfinished = folder / ".unfinished-step_00000005"
     assert events == [
         str(unfinished / STATE_NAME), str(unfinished), f"rename {folder / 'step_00000005'}", str(folder),
@@ -96,68 +90,38 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(folder, monkeyp
 
 
 def test_a_failed_write_leaves_nothing_under_a_complete_name_and_the_earlier_ones_intact(folder, monkeypatch):
-    writer = CheckpointWriter(folder, keep=1)
-    save(writer, 1)
+    save(folder, 1)
 
     def fail(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    writer.save(2, {"step": 2})
     told = r"step_00000002 cannot be written: No space left.*earlier checkpoints are intact"
     with pytest.raises(UserError, match=told):
-        writer.wait()
+        save(folder, 2)
     assert names(folder) == ["step_00000001"]
     assert read_checkpoint(folder / "step_00000001")["step"] == 1
     monkeypatch.undo()
-    save(writer, 3)  # there is room again
+    save(folder, 3)  # there is room again
     assert names(folder) == ["step_00000003"]
 
 
-def test_a_failed_write_is_told_by_the_next_save(folder, monkeypatch):
-    writer = CheckpointWriter(folder, keep=1)
-    monkeypatch.setattr(torch, "save", lambda content, file: (_ for _ in ()).throw(OSError("disk")))
-    writer.save(1, {"step": 1})
-    with pytest.raises(UserError, match="step_00000001"):
-        writer.save(2, {"step": 2})
-
-
 def test_the_folder_of_a_run_that_is_gone_is_not_made_again(folder):
-    writer = CheckpointWriter(folder / "of a run that is gone", keep=1)
-    writer.save(1, {"step": 1})
     with pytest.raises(UserError, match="No such file"):
-        writer.wait()
+        save(folder / "of a run that is gone", 1)
     assert not folder.exists()
 
 
-def test_save_returns_at_once_and_later_changes_do_not_leak_into_the_file(folder, monkeypatch):
-    may_write = threading.Event()
-    original = torch.save
-    monkeypatch.setattr(torch, "save", lambda content, file: (may_write.wait(30), original(content, file)))
-    weights, history = torch.zeros(5), [{"loss": 1.0}]
-    writer = CheckpointWriter(folder, keep=1)
-    writer.save(1, {"weights": weights, "nested": [{"same": (weights,)}], "history": history})
-    weights.fill_(9)
-    history.append({"loss": 0.1})
-    history[0]["loss"] = 7.0
-    may_write.set()
-    read = read_checkpoint(writer.newest())
-    assert torch.equal(read["weights"], torch.zeros(5)) and torch.equal(read["nested"][0]["same"][0], torch.zeros(5))
-    assert read["history"] == [{"loss": 1.0}]
-
-
 def test_the_same_step_is_written_again_after_a_resume_from_before_it(folder):
-    writer = CheckpointWriter(folder, keep=2)
-    save(writer, 1, 2)
-    writer.save(2, {"step": "again"})
-    writer.wait()
+    save(folder, 1, 2, keep=2)
+    write_checkpoint(folder, 2, {"step": "again"}, keep=2)
     assert names(folder) == ["step_00000001", "step_00000002"]
     assert read_checkpoint(folder / "step_00000002")["step"] == "again"
 
 
 def test_checkpoints_beyond_the_one_resumed_from_are_not_counted_among_the_kept(folder):
-    save(CheckpointWriter(folder, keep=2), 8, 9)
-    save(CheckpointWriter(folder, keep=2), 1, 2, 3)
+    save(folder, 8, 9, keep=2)
+    save(folder, 1, 2, 3, keep=2)
     assert names(folder) == ["step_00000002", "step_00000003", "step_00000008", "step_00000009"]
 
 
@@ -167,16 +131,10 @@ def test_leftovers_of_a_killed_write_neither_count_nor_disturb(folder):
         (folder / leftover / STATE_NAME).write_bytes(b"half")
     (folder / "step_00000003").write_text("a file, not a folder")
     assert complete_checkpoints(folder) == []
-    writer = CheckpointWriter(folder, keep=1)
-    save(writer, 4)
+    save(folder, 4)
     assert complete_checkpoints(folder) == [folder / "step_00000004"]
     assert read_checkpoint(folder / "step_00000004")["step"] == 4
     assert not any(name.startswith(".") for name in names(folder))
-
-
-def test_without_any_checkpoint_there_is_no_newest(folder):
-    assert CheckpointWriter(folder, keep=1).newest() is None
-    assert complete_checkpoints(folder) == []
 
 
 class _Payload:
@@ -207,7 +165,7 @@ def test_a_pickle_that_would_execute_code_is_refused_and_not_executed(tmp_path, 
 
 @pytest.mark.parametrize("damage", ["cut", "zeros", "empty", "text"])
 def test_a_damaged_checkpoint_is_one_line_that_names_it(folder, damage):
-    save(CheckpointWriter(folder, keep=1), 1)
+    save(folder, 1)
     file = folder / "step_00000001" / STATE_NAME
     whole = file.read_bytes()
     file.write_bytes(

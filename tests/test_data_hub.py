@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import ROOT, free_port
 from stand_in_hub import StandInHub
 
 datasets = pytest.importorskip("datasets")
@@ -102,11 +103,6 @@ def downloads(hub: StandInHub) -> list[str]:
     return [path for path in hub.paths if path.startswith("GET") and path.endswith(".parquet")]
 
 
-def failing_slowly(path: str) -> str:
-    time.sleep(0.8)
-    return "503"
-
-
 def test_a_second_start_imports_neither_datasets_nor_pillow_and_asks_the_hub_nothing(
     hub: StandInHub, worker: Worker, home: Path
 ) -> None:
@@ -122,23 +118,36 @@ def test_a_second_start_imports_neither_datasets_nor_pillow_and_asks_the_hub_not
     assert hub.paths == []
 
 
-def test_processes_that_start_together_download_once_and_fail_together(
-    hub: StandInHub, worker: Worker, home: Path
-) -> None:
-    other = Worker(home, hub.endpoint)
-    for process in (worker, other):
-        process.ask("test/shared")
-    answers = [process.answer() for process in (worker, other)]
-    assert answers[0]["fingerprint"] == answers[1]["fingerprint"]
+def test_of_two_ranks_one_asks_the_hub_and_both_take_its_answer(hub: StandInHub, home: Path, tmp_path: Path) -> None:
+    assert _two_ranks("test/shared", hub, home, tmp_path) == ([0, 0], ["", ""])
     assert len(downloads(hub)) == 2
 
-    hub.fault = failing_slowly
-    for process in (worker, other):
-        process.ask("test/unreachable-for-two")
-    errors = [process.answer()["error"] for process in (worker, other)]
-    assert errors[0] == errors[1]
-    assert sum(path.endswith("test/unreachable-for-two") for path in hub.paths) == 1
-    assert other.close() == ""
+    hub.fault = lambda path: "503"
+    statuses, errors = _two_ranks("test/out-of-reach-for-two", hub, home, tmp_path)
+    assert statuses == [2, 2] and errors[0].count("\n") == 1 and "cannot be fetched" in errors[0] and errors[1] == ""
+    assert sum(path.endswith("test/out-of-reach-for-two") for path in hub.paths) == 1
+
+
+def _two_ranks(name: str, hub: StandInHub, home: Path, folder: Path) -> tuple[list[int], list[str]]:
+    """The exit statuses of a training step on two ranks, and what they wrote to stderr."""
+    command = [sys.executable, ROOT / "scripts" / "train.py", "--dataset", name, "--output-dir", folder / "run"]
+    command += ["--batch-size", "2", "--max-steps", "1", "--report-to", "none"]
+    shared = {
+        **os.environ, "HF_HOME": str(home), "HF_ENDPOINT": hub.endpoint, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    return [rank.returncode for rank in ranks], errors
 
 
 @pytest.mark.parametrize("fault", ["hang", "503"])

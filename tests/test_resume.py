@@ -107,7 +107,7 @@ def _die_in_call(module: str, function: str, count: int) -> None:
         ("os", "replace", 4),
         ("mnist_accel.checkpoint", "_remove", 1),
         ("mnist_accel.checkpoint", "flush_folder", 2),
-        ("mnist_accel.run_folder", "save_model", 2),
+        ("mnist_accel.run_folder", "model_files", 2),
     ],
 )
 def test_a_kill_in_the_middle_of_a_write_leaves_the_result_bit_identical(
