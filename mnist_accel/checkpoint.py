@@ -35,9 +35,13 @@ class TrainState:
         is_best = row["eval_accuracy"] > self.best_accuracy
         if is_best:
             self.best_epoch, self.best_accuracy = row["epoch"], row["eval_accuracy"]
-        scores = [-row["eval_loss"] if stopping_metric == "loss" else row["eval_accuracy"] for row in self.history]
-        self.epochs_without_improvement = len(scores) - 1 - scores.index(max(scores))
+        self.count_patience(stopping_metric)
         return is_best
+
+    def count_patience(self, stopping_metric: str) -> None:
+        """How many epochs ago the best one was, by this measure."""
+        scores = [-row["eval_loss"] if stopping_metric == "loss" else row["eval_accuracy"] for row in self.history]
+        self.epochs_without_improvement = len(scores) - 1 - scores.index(max(scores)) if scores else 0
 
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether `patience` epochs in a row (None: any number) have brought nothing better."""

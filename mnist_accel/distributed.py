@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import accelerate.accelerator
 import accelerate.optimizer
@@ -38,7 +39,7 @@ def build_accelerator(
     accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
     # `prepare` looks for tensors that are split over processes, which takes half the import time of torch once more.
     accelerate.accelerator.model_has_dtensor = lambda model: False
-    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         # On a CPU Accelerate would drop such a wish without a word.
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
             raise UserError(
@@ -147,6 +148,23 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     message = next((text for text in failures if text), None)
     if message is not None:
         raise UserError(message) from failure
+
+
+def require_alike(settings: dict[str, Any]) -> None:
+    """Every rank must come here with its options, by name: machines read their own command lines, files and caches.
+
+    Raises:
+        UserError: on all ranks, when some have other options or other data.
+    """
+    first, *others = gather_object([settings])
+    own = {"output_dir", "resume", "report_to", "push_to_hub"}  # of these the first rank's count
+    different = [name for name in first if name not in own and any(other[name] != first[name] for other in others)]
+    if different:
+        options = ", ".join(f"--{name}".replace("_", "-") for name in different)
+        raise UserError(
+            f"the processes were started with different {options}: give the same options, and the same data, on every "
+            "machine"
+        )
 
 
 def agree(accelerator: Accelerator, loss: Tensor, received_signal: int) -> tuple[float, int]:

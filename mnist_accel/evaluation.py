@@ -27,7 +27,12 @@ def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch
     model.eval()
     try:
         with torch.inference_mode():
-            batches = [model(batch.to(device).unsqueeze(1).float() / 255).float() for batch in images.split(batch_size)]
+            batches = [
+                # The class's own: `prepare` makes the instance's compute in mixed precision, and whoever loads the
+                # weights computes without.
+                type(model).forward(model, batch.to(device).unsqueeze(1).float() / 255)
+                for batch in images.split(batch_size)
+            ]
     finally:
         model.train(was_training)
     return torch.cat(batches)
@@ -125,8 +130,7 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
     own = slice(total * rank // ranks, total * (rank + 1) // ranks)
     logits = torch.zeros(total, len(model.class_names), device=accelerator.device)
     if own.stop > own.start:
-        with accelerator.autocast():
-            logits[own] = predict_logits(model, split.images[own], accelerator.device)
+        logits[own] = predict_logits(model, split.images[own], accelerator.device)
     logits = accelerator.reduce(logits, reduction="sum").cpu()  # the rows of other ranks are zero
     if not torch.isfinite(logits).all():
         raise UserError(

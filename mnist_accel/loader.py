@@ -140,6 +140,6 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     by_class = shuffled[split.labels[shuffled].argsort(stable=True)]
     # Equally spaced places in the list sorted by class take from each class in proportion to its size.
     held = torch.zeros(len(by_class), dtype=torch.bool)
-    held[((torch.arange(size) + 0.5) * len(by_class) / max(1, size)).long()] = True
+    held[(2 * torch.arange(size) + 1) * len(by_class) // max(1, 2 * size)] = True
     kept, out = by_class[~held].sort().values, by_class[held].sort().values
     return Split(split.images[kept], split.labels[kept]), Split(split.images[out], split.labels[out])

@@ -57,7 +57,7 @@ class Reporter:
             "tensorboard" if tensorboard else "mnist_accel",
             # As hyperparameters TensorBoard would write a run of its own beside this one.
             config=None if tensorboard else self.config.options(),
-            init_kwargs={"tensorboard": {} if resumed_step is None else {"purge_step": resumed_step + 1}},
+            init_kwargs={"tensorboard": {"purge_step": 0 if resumed_step is None else resumed_step + 1}},
         )
 
     def start_epoch(self, epoch: int, images_done: int, images: int) -> None:
@@ -81,7 +81,7 @@ class Reporter:
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
 
-    def log_row(self, row: dict[str, Any]) -> None:
+    def log_row(self, row: dict[str, Any], provisional: bool = False) -> None:
         """Log a row of metrics.jsonl.
 
         The last one goes one step on: a resumed run has TensorBoard purge what lies beyond its checkpoint, and so this,
@@ -89,7 +89,7 @@ class Reporter:
         """
         kind = "final" if "final" in row else "epoch"
         values = {f"{kind}/{name}": value for name, value in row.items() if name not in ("epoch", "final", "step")}
-        self.accelerator.log(values, step=row["step"] + (kind == "final"))
+        self.accelerator.log(values, step=row["step"] + (kind == "final" or provisional))
 
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Send a uint8 (H, W, 3) picture to the trackers that take pictures."""

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
@@ -40,10 +40,16 @@ def choose_folder(config: TrainConfig) -> Path:
         return Path(config.output_dir).expanduser()
     if resumed := _resumed_run(config):
         return resumed
-    now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    # Two runs can start in the same second.
-    names = chain([now], (f"{now}-{number}" for number in count(2)))
-    return next(path for name in names if not (path := Path("runs", name)).exists())
+    return Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def _claimed(path: Path) -> Path:
+    """A new folder of this name; where another run that started in the same second has it, with a number behind it."""
+    for name in chain([path.name], (f"{path.name}-{number}" for number in count(2))):
+        with suppress(FileExistsError):
+            path.with_name(name).mkdir(parents=True)
+            return path.with_name(name)
+    raise AssertionError("there is always a next number")
 
 
 def _resumed_run(config: TrainConfig) -> Path | None:
@@ -83,7 +89,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     def open(self, config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:
         """Make the folder, or find the checkpoint to resume from; returns that checkpoint's content, or None to start.
@@ -91,6 +100,10 @@ class RunFolder:
         Raises:
             UserError: the folder holds another run, nothing is there to resume, or it is of other options or data.
         """
+        if not config.output_dir and _resumed_run(config) is None:
+            with _user_error(self.path):
+                self.path = _claimed(self.path)
+            return None
         candidates = []
         if config.resume == "auto":
             candidates = complete_checkpoints(self.checkpoints)
@@ -126,7 +139,7 @@ class RunFolder:
         try:
             options = yaml.safe_load((self.path / "config.yaml").read_text())
             return {"options": options, "fingerprint": options[PROVENANCE]["dataset_fingerprint"]}
-        except (OSError, yaml.YAMLError, TypeError, KeyError):
+        except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
             return {}
 
     def write_config(self, config: TrainConfig, data: ImageData, accelerator: Accelerator) -> None:

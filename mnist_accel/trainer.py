@@ -16,7 +16,7 @@ from mnist_accel.checkpoint import TrainState, complete_checkpoints, write_check
 from mnist_accel.cli import UserError
 from mnist_accel.config import TrainConfig
 from mnist_accel.data import Split, load_data
-from mnist_accel.distributed import StopSignals, agree, build_accelerator, choose_kernels, together
+from mnist_accel.distributed import StopSignals, agree, build_accelerator, choose_kernels, require_alike, together
 from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
 from mnist_accel.hub import upload_folder
 from mnist_accel.loader import ResidentLoader, hold_out, label_targets
@@ -80,6 +80,7 @@ class Trainer:
         self.loss_sum = torch.tensor(self.state.loss_sum if self.is_main else 0.0, dtype=precision, device=device)
         self.best: dict[str, Any] | None = checkpoint["best"] if checkpoint else None  # what `best/` holds
         if checkpoint:
+            self.state.count_patience(config.early_stopping_metric)
             self._restore(checkpoint)
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
@@ -162,7 +163,7 @@ class Trainer:
             since = f"within the {self.check_interval} steps up to " if self.check_interval > 1 else "at "
             raise UserError(
                 f"the loss is not finite {since}step {self.state.step + 1}, at learning rate {rate:g}; the last good "
-                f"checkpoint is {saved or 'none yet'}: lower --learning-rate or set --max-grad-norm 1"
+                f"checkpoint is {saved or 'none yet'}: start anew with a lower --learning-rate or --max-grad-norm 1"
             )
 
     def _total_loss(self) -> float:
@@ -178,7 +179,9 @@ class Trainer:
     def _log_progress(self, epoch: int, rate: float) -> None:
         done = self._images_done()
         loss = self._total_loss() / done
-        self.reporter.log_step(self.state.step, epoch, done, self.loader.num_images, loss, rate, done / self._clock())
+        speed = done / self._clock()
+        with together(self.accelerator):
+            self.reporter.log_step(self.state.step, epoch, done, self.loader.num_images, loss, rate, speed)
 
     def _images_done(self) -> int:
         steps = self.state.step % self.loader.steps_per_epoch or self.loader.steps_per_epoch
@@ -189,7 +192,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         self.state.loss_sum = self._total_loss()
-        self._refuse_non_finite(self.state.loss_sum, self._rate())
+        finite = all(bool(weights.isfinite().all()) for weights in self.network.parameters())
+        self._refuse_non_finite(self.state.loss_sum if finite else math.nan, self._rate())
         self._clock()
         with together(self.accelerator):
             if self.is_main:
@@ -236,7 +240,7 @@ class Trainer:
                 if is_best:
                     self._write_weights("best", self.eval_name, result)
                 self.folder.write_metrics(state.history)
-                self.reporter.log_row(state.history[-1])
+                self.reporter.log_row(state.history[-1], state.step % self.loader.steps_per_epoch > 0)
         self.loss_sum.zero_()
         self._started = time.perf_counter()
         if state.step % self.loader.steps_per_epoch == 0:
@@ -255,6 +259,7 @@ class Trainer:
 
     def _open_folder(self) -> dict[str, Any] | None:
         """Rank 0 reads the checkpoint, if any, and tells the others, which may not share its disk."""
+        require_alike(self.config.options() | {"dataset": self.data.fingerprint})
         checkpoint: list[Any] = [None]
         with together(self.accelerator):
             if self.is_main:

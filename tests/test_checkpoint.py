@@ -190,5 +190,6 @@ def test_early_stopping_counts_from_the_first_best_epoch_of_its_measure(metric, 
             state = TrainState(**asdict(state))
         best.append(state.record_epoch({"epoch": epoch, "eval_accuracy": accuracy, "eval_loss": loss}, metric))
         counted.append(state.epochs_without_improvement)
+        state.count_patience("accuracy")  # as resumed with the other measure, and then with this one again
     assert counted == counts
     assert best == [True, True, False, False, False] and (state.best_epoch, state.best_accuracy) == (2, 0.8)

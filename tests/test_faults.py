@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,6 +109,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(small_d
     state = torch.load(saved / "training_state.pt", weights_only=True)
     assert state["state"]["step"] == step - 1
     assert str(saved) in output
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(small_dataset, tmp_path):
+    diverging = ["--optimizer", "sgd", "--learning-rate", "1e300", "--checkpoint-every", "1"]
+    statuses, output = run(small_dataset, tmp_path, *diverging)
+    assert statuses == [2]
+    assert_one_error_line(output, "not finite", "none yet")
+    assert not list(tmp_path.glob("run/checkpoints/step_*"))
+
+
+def _other_seed() -> None:
+    sys.argv += ["--seed", "5"]
+
+
+def test_processes_that_were_started_with_different_options_are_refused(small_dataset, tmp_path):
+    statuses, output = run(small_dataset, tmp_path, processes=2, fault=_other_seed, faulty_rank=1)
+    assert statuses == [2, 2]
+    assert_one_error_line(output, "different --seed", "on every machine")
 
 
 def _no_memory_for(images: int) -> None:

@@ -89,6 +89,13 @@ def test_held_out_images_are_stratified_and_kept_from_training(size):
     assert size == 99 or not torch.equal(other.images, held.images)
 
 
+def test_as_many_are_held_out_as_asked_for_of_many_images_too():
+    labels = torch.arange(20_000) % 10
+    split = Split(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(20_000, 28, 28), labels)
+    for size in (0, 5_000, 19_975, 19_999):
+        assert len(hold_out(split, size, seed=0)[1].labels) == size
+
+
 def test_holding_out_everything_is_refused():
     with pytest.raises(UserError, match="validation-size"):
         hold_out(numbered(10), 10, seed=0)

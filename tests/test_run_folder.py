@@ -14,7 +14,7 @@ from mnist_accel.model_card import model_card
 from mnist_accel.models import build_model
 from mnist_accel.run_folder import RunFolder, choose_folder
 
-CONFIG = TrainConfig(resume="auto", learning_rate=0.01)
+CONFIG = TrainConfig(resume="auto", learning_rate=0.01, output_dir="run")
 
 
 @pytest.fixture
@@ -28,8 +28,9 @@ def died_early(tmp_path: Path) -> RunFolder:
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(died_early):
     assert died_early.open(CONFIG, "the same") is None
-    (died_early.path / "config.yaml").write_text("{ half of")
-    assert died_early.open(CONFIG, "the same") is None
+    for damaged in (b"{ half of", b"model: \xff\xfe\x80"):
+        (died_early.path / "config.yaml").write_bytes(damaged)
+        assert died_early.open(CONFIG, "the same") is None
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_not_taken_over_by_another(died_early):
@@ -76,10 +77,11 @@ def test_weights_that_cannot_be_written_are_one_line(tmp_path):
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mnist_accel.run_folder.time.strftime", lambda _: "2000-01-01_00-00-00")
-    for expected in ("2000-01-01_00-00-00", "2000-01-01_00-00-00-2", "2000-01-01_00-00-00-3"):
-        folder = choose_folder(TrainConfig())
-        assert folder == Path("runs", expected)
-        folder.mkdir(parents=True)
+    together = [RunFolder(choose_folder(TrainConfig())) for _ in range(3)]
+    for folder, number in zip(together, ("", "-2", "-3"), strict=True):
+        assert folder.open(TrainConfig(), "data") is None
+        assert folder.path == Path("runs", f"2000-01-01_00-00-00{number}") and folder.path.is_dir()
+        assert folder.checkpoints.parent == folder.path
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,17 @@ def test_of_equally_good_epochs_the_first_is_kept(plain, tmp_path):
 # What is evaluated and kept
 
 
+def test_the_reported_measures_are_those_of_the_weights_as_loaded_in_mixed_precision_too(
+    small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    folder = run(small_dataset, tmp_path / "run", "--epochs", "1")
+    loss = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["test_loss"]
+    data = load_data(str(small_dataset))
+    again = evaluation.evaluate([load_model(folder / "final")], data.test, data.class_names, torch.device("cpu"))
+    assert loss == pytest.approx(again.loss, abs=2e-6)
+
+
 def test_with_validation_the_test_split_is_read_once_at_the_end(small_dataset, tmp_path, monkeypatch, capsys):
     data, seen = load_data(str(small_dataset)), []
     original = evaluation.predict_logits
