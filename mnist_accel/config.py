@@ -33,6 +33,8 @@ FREE_ON_RESUME = {
     *("early_stopping_patience", "early_stopping_metric", "gradient_accumulation_steps", "auto_batch_size"),
     *("deterministic", "recipe", "push_to_hub"),
 }
+# Options of which the first process's count: the others may be given other ones.
+FIRST_PROCESS_ONLY = {"output_dir", "resume", "report_to", "push_to_hub"}
 
 
 def option(default: Any, help: str, **argument: Any) -> Any:

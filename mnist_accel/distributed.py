@@ -20,6 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gat
 from torch import Tensor
 
 from mnist_accel.cli import UserError
+from mnist_accel.config import FIRST_PROCESS_ONLY
 from mnist_accel.image_files import usable_cores
 
 DATA_PARALLEL = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
@@ -157,8 +158,8 @@ def require_alike(settings: dict[str, Any]) -> None:
         UserError: on all ranks, when some have other options or other data.
     """
     first, *others = gather_object([settings])
-    own = {"output_dir", "resume", "report_to", "push_to_hub"}  # of these the first rank's count
-    different = [name for name in first if name not in own and any(other[name] != first[name] for other in others)]
+    compared = first.keys() - FIRST_PROCESS_ONLY
+    different = sorted(name for name in compared if any(other[name] != first[name] for other in others))
     if different:
         options = ", ".join(f"--{name}".replace("_", "-") for name in different)
         raise UserError(

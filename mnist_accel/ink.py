@@ -120,7 +120,7 @@ def sheet_of_paper(found: Mask) -> Sheet | None:
 
 
 def solid_card(found: Mask) -> Sheet | None:
-    """The note or plate that was found as one filled rectangle: its ink and what it lies on are both darker, say."""
+    """The note or plate that was found as one filled rectangle: darker than what it lies on, as its ink is than it."""
     outlines = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     if len(outlines) != 1:
         return None

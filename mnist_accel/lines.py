@@ -98,8 +98,9 @@ def _touched_lines(mask: Mask) -> Mask:
     part = int(extent.argmax())
     if extent[part] < 0.12 * max(mask.shape):
         return result
-    box = box_of(parts.mask(part))
-    shape = parts.mask(part)[box]
+    whole = parts.mask(part)
+    box = box_of(whole)
+    shape = whole[box]
     level = _level_lines(shape, 0.5 * extent[part])
     upright = [line.T for line in _level_lines(shape.T.copy(), 0.5 * extent[part])]
     if len(level) > 1 and len(upright) > 1:

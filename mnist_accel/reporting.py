@@ -81,15 +81,15 @@ class Reporter:
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
 
-    def log_row(self, row: dict[str, Any], provisional: bool = False) -> None:
-        """Log a row of metrics.jsonl.
+    def log_row(self, row: dict[str, Any], unfinished: bool = False) -> None:
+        """Log a row of metrics.jsonl; `unfinished` if of part of an epoch, which a resumed run writes anew.
 
-        The last one goes one step on: a resumed run has TensorBoard purge what lies beyond its checkpoint, and so this,
-        were it logged before.
+        That and the last one go one step on: a resumed run has TensorBoard purge what lies beyond its checkpoint, and
+        so these, were they logged before.
         """
         kind = "final" if "final" in row else "epoch"
         values = {f"{kind}/{name}": value for name, value in row.items() if name not in ("epoch", "final", "step")}
-        self.accelerator.log(values, step=row["step"] + (kind == "final" or provisional))
+        self.accelerator.log(values, step=row["step"] + (kind == "final" or unfinished))
 
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Send a uint8 (H, W, 3) picture to the trackers that take pictures."""

@@ -36,11 +36,7 @@ OWN_NAMES = ("config.yaml", "metrics.jsonl", "best", "final", "checkpoints")
 
 def choose_folder(config: TrainConfig) -> Path:
     """`--output-dir`, else the folder of the run that `--resume PATH` names, else a new `runs/<date-time>`."""
-    if config.output_dir:
-        return Path(config.output_dir).expanduser()
-    if resumed := _resumed_run(config):
-        return resumed
-    return Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
+    return _given_folder(config) or Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
 
 
 def _claimed(path: Path) -> Path:
@@ -52,8 +48,10 @@ def _claimed(path: Path) -> Path:
     raise AssertionError("there is always a next number")
 
 
-def _resumed_run(config: TrainConfig) -> Path | None:
-    """The run that `--resume PATH` names itself or by one of its checkpoints."""
+def _given_folder(config: TrainConfig) -> Path | None:
+    """`--output-dir`, else the run that `--resume PATH` names itself or by one of its checkpoints; None for neither."""
+    if config.output_dir:
+        return Path(config.output_dir).expanduser()
     if config.resume is None or config.resume == "auto":
         return None
     resumed = Path(config.resume).expanduser()
@@ -100,7 +98,7 @@ class RunFolder:
         Raises:
             UserError: the folder holds another run, nothing is there to resume, or it is of other options or data.
         """
-        if not config.output_dir and _resumed_run(config) is None:
+        if _given_folder(config) is None:
             with _user_error(self.path):
                 self.path = _claimed(self.path)
             return None

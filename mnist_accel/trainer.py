@@ -213,7 +213,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Evaluate, write the epoch's row, keep the best weights, and save where the epoch is complete."""
         state, done = self.state, self._images_done()
-        epoch = -(-state.step // self.loader.steps_per_epoch)
+        epoch, unfinished = -(-state.step // self.loader.steps_per_epoch), state.step % self.loader.steps_per_epoch > 0
         train_loss = self._total_loss() / done
         seconds = self._clock()
         self._refuse_non_finite(train_loss, self._rate())
@@ -240,10 +240,10 @@ class Trainer:
                 if is_best:
                     self._write_weights("best", self.eval_name, result)
                 self.folder.write_metrics(state.history)
-                self.reporter.log_row(state.history[-1], state.step % self.loader.steps_per_epoch > 0)
+                self.reporter.log_row(state.history[-1], unfinished)
         self.loss_sum.zero_()
         self._started = time.perf_counter()
-        if state.step % self.loader.steps_per_epoch == 0:
+        if not unfinished:
             self._save_checkpoint()
 
     def _evaluate(self) -> Evaluation:

@@ -57,15 +57,8 @@ def scalars(run: Path) -> dict[str, list[int]]:
 
 
 def test_no_point_in_tensorboard_is_doubled_by_a_start_without_a_checkpoint_or_by_max_steps(small_dataset, tmp_path):
-    arguments = [
-        *options(small_dataset, tmp_path / "run"),
-        "--epochs",
-        "2",
-        "--checkpoint-every",
-        "epoch",
-        "--resume",
-        "auto",
-    ]
+    fewer = ["--epochs", "2", "--checkpoint-every", "epoch"]
+    arguments = [*options(small_dataset, tmp_path / "run"), *fewer, "--resume", "auto"]
     job = Job(arguments, tmp_path / "logs")
     job.wait_for(lambda: "Step: 5 " in job.output())
     job.signal(signal.SIGKILL)
