@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 MODEL_HELP = (
-    "a run's folder, a weights folder or a Hub id (default: the newest runs/*/best, runs on digits aside, else the "
-    "weights shipped in the package)"
+    "a run's folder, a weights folder, a Hub id, or 'shipped' for the weights in the package (default: the newest "
+    "runs/*/best, runs on digits aside, else 'shipped')"
 )
 
 # Of `accelerate launch`; users give them to the script.
@@ -133,12 +133,15 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         status = _report(str(error))
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno == errno.ENAMETOOLONG:
+            status = _report(f"{error.strerror}: {error.filename}; give a shorter one")
+        elif error.errno in (errno.EPIPE, errno.ENOSPC):
+            # The reader of our output (`| head`) has gone, or the disk it goes to is full; Python would complain once
+            # more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 141 if error.errno == errno.EPIPE else _report(f"cannot write: {error.strerror}; make room")
+        else:
             raise
-        # The reader of our output (`| head`) has gone, or the disk it goes to is full; Python would complain once more
-        # when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141 if error.errno == errno.EPIPE else _report(f"cannot write: {error.strerror}; make room")
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -61,7 +61,7 @@ def build_accelerator(
         raise UserError(f"Accelerate cannot start so: {error}") from error
     if trackers and not accelerator.log_with:
         raise UserError(f"--report-to {trackers}: its package is not installed; install it, or use --report-to none")
-    asked_for = int(os.environ.get("WORLD_SIZE", "1"))
+    asked_for = int(os.environ.get("WORLD_SIZE") or 1)
     if asked_for != accelerator.num_processes:
         raise UserError(
             f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would "
@@ -72,8 +72,14 @@ def build_accelerator(
             f"distributed_type {accelerator.distributed_type.value} is not supported: launch with --multi_gpu, or "
             "choose data parallelism in `accelerate config`"
         )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("fp16 does not exist on a CPU: launch with --mixed_precision bf16 or no")
+    device, precision = accelerator.device.type, accelerator.mixed_precision
+    supported = ["no", "bf16"] if device == "cpu" else ["no", "bf16", "fp16"]
+    if precision not in supported:
+        raise UserError(
+            f"no mixed precision {precision} on {device}: launch with --mixed_precision {' or '.join(supported)}"
+        )
+    if accelerator.gradient_accumulation_steps < 1:
+        raise UserError("the launcher asks for less than one gradient accumulation step: launch with 1 or more")
     return accelerator
 
 

@@ -164,12 +164,12 @@ def load_for_evaluation(models: list[str] | None, dataset: str) -> tuple[dict[st
     use_all_cores()
     data = load_data(dataset)
     loaded = {name: load_model(name) for name in models or [str(default_model())]}
-    for model in loaded.values():
+    for path, model in loaded.items():
         own, given = (f"{len(names)} classes ({', '.join(names)})" for names in (model.class_names, data.class_names))
         if len(model.class_names) != len(data.class_names):
             raise UserError(
-                f"the model {model.name} has {own}, the data set {given}: choose a model and a data set that belong "
-                "together"
+                f"{path}{'' if models else ', the newest run here,'} has {own}, the data set {given}: choose --model "
+                "and --dataset that belong together"
             )
         if model.class_names != data.class_names:
             print(f"note: the model has {own}, the data set {given}", file=sys.stderr)

@@ -1,11 +1,13 @@
 """The README.md beside saved weights: what the model is, how it was made, how it did, how to use it."""
 
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from mnist_accel.config import TrainConfig
+from mnist_accel.config import FIRST_PROCESS_ONLY, TrainConfig
 from mnist_accel.data import hub_dataset
 from mnist_accel.evaluation import Evaluation
 from mnist_accel.models import DigitClassifier, count_parameters
@@ -54,7 +56,7 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
         ],
     )
     on_test = f" On the test split: accuracy {accuracies['test']:.2%}." if "test_accuracy" in facts else ""
-    options = "\n".join(f"    {name}: {value}" for name, value in facts["options"].items())
+    options = {name: value for name, value in facts["options"].items() if name not in FIRST_PROCESS_ONLY}
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -77,6 +79,6 @@ Normalisation is part of the network. Photos and scans are first brought into MN
 
 ## Training
 
-    scripts/train.py with
-{options}
-"""
+These options, as a file for `scripts/train.py --config`:
+
+{indent(yaml.safe_dump(options, sort_keys=False), 4 * " ")}"""

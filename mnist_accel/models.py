@@ -225,7 +225,7 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
 
     Args:
         path_or_hub_id: a folder with `model.safetensors` and `config.json`, a run's folder (its `best/`, else its
-            `final/`), a Hub id `USER/NAME`, or None for the weights shipped in the package.
+            `final/`), a Hub id `USER/NAME`, or None or "shipped" for the weights shipped in the package.
 
     Raises:
         UserError: nothing is there, or what is there is damaged or of another network.
@@ -254,7 +254,7 @@ def find_weights(path_or_hub_id: str | Path | None) -> Path:
     Raises:
         UserError: there is no such folder and no such Hub repository.
     """
-    if path_or_hub_id is None:
+    if path_or_hub_id in (None, "shipped"):
         return SHIPPED
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():

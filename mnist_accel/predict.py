@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -63,6 +64,7 @@ def predict_folder(
         pictures = PICTURES if sheet else 0
         return readers.read((path, i < pictures) for i, path in enumerate(paths) if i // BATCH_SIZE % world == rank)
 
+    began = time.perf_counter()
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     workers = workers or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     paths = look() if alone else []
@@ -88,7 +90,8 @@ def predict_folder(
             label = partial(label_of, folder=folder, source=labels, class_names=classes)
             if labels and all(label(readable(path)) is None for path in paths):
                 wanted = "lies in a folder named" if labels == "folder" else "has a name that begins with"
-                raise UserError(f"--labels {labels}: none of {len(paths)} images {wanted} one of {', '.join(classes)}")
+                wanted += f" one of {', '.join(classes)}: rename them, or leave --labels out"
+                raise UserError(f"--labels {labels}: none of {len(paths)} images {wanted}")
         mine = predict(network.to(accelerator.device), files, pool, accelerator.device)
         with closing(gathered(mine, -(-len(paths) // BATCH_SIZE), accelerator.num_processes)) as batches:
             if not accelerator.is_main_process:
@@ -101,7 +104,7 @@ def predict_folder(
                 file=out,
                 flush=True,
             )
-            summary, rows = Summary(classes, label), chain.from_iterable(batches)
+            summary, rows = Summary(classes, label, began), chain.from_iterable(batches)
             progress = tqdm(rows, total=len(paths), unit=" images", disable=not sys.stderr.isatty())
             write_rows(map(summary.count, progress), output, classes, probabilities)
     print(summary.text(bool(labels)), file=out)

@@ -92,13 +92,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def open(self, config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:
+    def open(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         """Make the folder, or find the checkpoint to resume from; returns that checkpoint's content, or None to start.
 
         Raises:
-            UserError: the folder holds another run, nothing is there to resume, or it is of other options or data.
+            UserError: the folder holds another run, nothing is there to resume, it is of other options or data, or it
+                is beyond the run's last step.
         """
         if _given_folder(config) is None:
+            if config.resume:
+                print("warning: --resume auto finds nothing without --output-dir: a run of its own begins", flush=True)
             with _user_error(self.path):
                 self.path = _claimed(self.path)
             return None
@@ -127,6 +130,11 @@ class RunFolder:
         if differences:
             raise UserError(
                 f"{what} is of another run: {'; '.join(differences)}: give the same options, or another --output-dir"
+            )
+        if checkpoint and checkpoint["state"]["step"] > last_step:
+            raise UserError(
+                f"the checkpoint is of step {checkpoint['state']['step']}, and {last_step} steps are asked for: give "
+                "more --epochs or --max-steps, or another --output-dir"
             )
         with _user_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

@@ -12,16 +12,16 @@ from mnist_accel.image_files import Seen
 class Summary:
     """How often each label got each answer, and the rows that have a picture, with their labels.
 
-    `label` gives a path's label as the index of a class, None for none.
+    `label` gives a path's label as the index of a class, None for none; the work began at `began`, by
+    `time.perf_counter`.
     """
 
-    def __init__(self, class_names: list[str], label: Callable[[str], int | None]) -> None:
-        self.class_names, self.label = class_names, label
+    def __init__(self, class_names: list[str], label: Callable[[str], int | None], began: float) -> None:
+        self.class_names, self.label, self.began = class_names, label, began
         self.shown: list[tuple[Seen, int | None]] = []
         # Rows are labels, columns predictions; the last of each is for None.
         self.counts = np.zeros((len(class_names) + 1,) * 2, np.int64)
         self.total_confidence = 0.0
-        self.began = time.perf_counter()
 
     @property
     def unreadable(self) -> int:
@@ -41,10 +41,11 @@ class Summary:
         answered = self.counts[:, :-1].sum(0)
         read, total = answered.sum(), self.counts.sum()
         confidence = f", mean confidence {self.total_confidence / read:.3f}" if read else ""
+        seconds = time.perf_counter() - self.began
         lines = [
             "  ".join(f"{name}: {n}" for name, n in zip(self.class_names, answered, strict=True)),
             f"{read} images read{confidence}, {self.unreadable} could not be read, "
-            f"{total / (time.perf_counter() - self.began):.0f} images/s",
+            f"in {seconds:.1f} s ({total / seconds:,.0f} images/s)",
         ]
         if labelled:
             confusion, unlabelled = self.counts[:-1, :-1], self.counts[-1].sum()

@@ -73,6 +73,8 @@ class Trainer:
             self.accelerator.gradient_accumulation_steps <<= halvings
             self.loader = self._build_loader(train_split)
 
+        self.total_steps = config.epochs * self.loader.steps_per_epoch
+        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         checkpoint = self._open_folder()
         self.state = TrainState(**checkpoint["state"]) if checkpoint else TrainState()
         # Each rank sums the loss of its own images; a checkpoint holds the sum over ranks, so one rank takes it.
@@ -82,8 +84,6 @@ class Trainer:
         if checkpoint:
             self.state.count_patience(config.early_stopping_metric)
             self._restore(checkpoint)
-        self.total_steps = config.epochs * self.loader.steps_per_epoch
-        self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.check_interval = 1 if device.type == "cpu" else ACCELERATOR_CHECK_INTERVAL
         self.evaluation: Evaluation | None = None  # the newest
 
@@ -162,8 +162,8 @@ class Trainer:
             saved = max(complete_checkpoints(self.folder.checkpoints), default=None)
             since = f"within the {self.check_interval} steps up to " if self.check_interval > 1 else "at "
             raise UserError(
-                f"the loss is not finite {since}step {self.state.step + 1}, at learning rate {rate:g}; the last good "
-                f"checkpoint is {saved or 'none yet'}: start anew with a lower --learning-rate or --max-grad-norm 1"
+                f"the loss is not finite {since}step {self.state.step + 1}, at learning rate {rate:g}; last good "
+                f"checkpoint: {saved or 'none'}; start anew with a lower --learning-rate or --max-grad-norm 1"
             )
 
     def _total_loss(self) -> float:
@@ -178,8 +178,7 @@ class Trainer:
 
     def _log_progress(self, epoch: int, rate: float) -> None:
         done = self._images_done()
-        loss = self._total_loss() / done
-        speed = done / self._clock()
+        loss, speed = self._total_loss() / done, done / self._clock()
         with together(self.accelerator):
             self.reporter.log_step(self.state.step, epoch, done, self.loader.num_images, loss, rate, speed)
 
@@ -263,7 +262,7 @@ class Trainer:
         checkpoint: list[Any] = [None]
         with together(self.accelerator):
             if self.is_main:
-                checkpoint[0] = self.folder.open(self.config, self.data.fingerprint)
+                checkpoint[0] = self.folder.open(self.config, self.data.fingerprint, self.last_step)
                 self.folder.write_config(self.config, self.data, self.accelerator)
             resumed_step = checkpoint[0]["state"]["step"] if checkpoint[0] else None
             self.reporter.start_trackers(self.folder.path, resumed_step)
@@ -315,12 +314,13 @@ class Trainer:
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
                 self.reporter.log_row(final)
+        if state.out_of_patience(self.config.early_stopping_patience):
+            self.reporter.say(f"Stopped early: {state.epochs_without_improvement} epochs without anything better")
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
         self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
-        if self.config.push_to_hub:
-            with together(self.accelerator):
-                if self.is_main:
-                    self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', self.config.push_to_hub)}")
+        with together(self.accelerator):
+            if self.is_main and self.config.push_to_hub:
+                self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', self.config.push_to_hub)}")
         self.accelerator.end_training()
         return 0
 

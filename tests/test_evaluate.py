@@ -117,8 +117,16 @@ def test_a_class_that_never_occurs_has_no_recall_in_json_and_a_dash_in_text():
 
 def test_a_model_of_another_number_of_classes_is_refused(tmp_path):
     save_model(make_model(0, class_names=["cat", "dog", "bird"]), tmp_path)
-    with pytest.raises(UserError, match=r"3 classes \(cat, dog, bird\)"):
+    with pytest.raises(UserError, match=rf"{tmp_path} has 3 classes \(cat, dog, bird\)"):
         load_for_evaluation([str(tmp_path)], "digits")
+
+
+def test_a_run_that_was_not_asked_for_is_named_where_it_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(make_model(0, class_names=["cat", "dog", "bird"]), tmp_path / "runs" / "mine" / "best")
+    with pytest.raises(UserError, match="runs/mine/best, the newest run here, has 3 classes"):
+        load_for_evaluation(None, "digits")
+    assert list(load_for_evaluation(["shipped"], "digits")[0]) == ["shipped"]
 
 
 def test_a_model_of_other_class_names_is_used_with_a_note(tmp_path, capsys):

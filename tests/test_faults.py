@@ -115,7 +115,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(small_dataset, tmp_path):
     diverging = ["--optimizer", "sgd", "--learning-rate", "1e300", "--checkpoint-every", "1"]
     statuses, output = run(small_dataset, tmp_path, *diverging)
     assert statuses == [2]
-    assert_one_error_line(output, "not finite", "none yet")
+    assert_one_error_line(output, "not finite", "checkpoint: none")
     assert not list(tmp_path.glob("run/checkpoints/step_*"))
 
 
@@ -169,6 +169,8 @@ def test_out_of_memory_with_a_single_image_is_an_error(small_dataset, tmp_path):
         (["--resume", "nowhere/step_00000001"], {}, ["no checkpoint at", "--resume auto"]),
         (["--report-to", "carrier-pigeon"], {}, ["carrier-pigeon"]),
         ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["fp16", "bf16"]),
+        ([], {"ACCELERATE_MIXED_PRECISION": "fp61"}, ["fp61", "bf16"]),
+        ([], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "0"}, ["gradient accumulation", "1 or more"]),
         ([], {"ACCELERATE_USE_FSDP": "true"}, ["FSDP is not supported", "--multi_gpu"]),
         ([], {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_CPU": "false"}, ["2 processes", "ACCELERATE_USE_CPU"]),
     ],

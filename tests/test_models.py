@@ -13,7 +13,7 @@ from torch import nn
 import mnist_accel
 from mnist_accel.cli import UserError
 from mnist_accel.config import MODEL_NAMES
-from mnist_accel.models import MODELS, build_model, count_parameters, find_weights, load_model, save_model
+from mnist_accel.models import MODELS, SHIPPED, build_model, count_parameters, find_weights, load_model, save_model
 
 
 def images(count: int = 5) -> torch.Tensor:
@@ -154,6 +154,7 @@ def test_a_run_s_folder_gives_its_best_weights_and_else_its_final_ones(folder, t
     shutil.copytree(folder, run / "best")
     assert find_weights(run) == run / "best"
     assert find_weights(str(run / "final")) == run / "final"
+    assert find_weights("shipped") == find_weights(None) == SHIPPED
 
 
 # What is not a model

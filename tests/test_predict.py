@@ -232,7 +232,7 @@ def test_labels_from_names_and_folders(folder, model, tmp_path, capsys):
     (folder / "b" / "deep").rename(folder / "7")
     run(folder, model, tmp_path / "out.csv", labels="folder")
     assert "/1 (" in capsys.readouterr().out
-    with pytest.raises(UserError, match="none of 1 images"):
+    with pytest.raises(UserError, match=r"none of 1 images .* rename them"):
         run(folder / "b", model, tmp_path / "out.csv", labels="folder")
 
 
@@ -417,3 +417,10 @@ def test_ctrl_c_ends_a_script_quietly():
     program = "from mnist_accel.cli import run_script\ndef main():\n    raise KeyboardInterrupt\nrun_script(main)"
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_a_name_that_is_too_long_is_one_line():
+    program = "from pathlib import Path\nfrom mnist_accel.cli import run_script\nrun_script(Path(300 * 'x').stat)"
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: File name too long: xxx")
+    assert ended.stderr.count("\n") == 1

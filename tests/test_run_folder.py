@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from mnist_accel.checkpoint import STATE_NAME
+from mnist_accel.checkpoint import STATE_NAME, write_checkpoint
 from mnist_accel.cli import UserError
-from mnist_accel.config import PROVENANCE, TrainConfig
+from mnist_accel.config import PROVENANCE, TrainConfig, parse_config
 from mnist_accel.model_card import model_card
 from mnist_accel.models import build_model
-from mnist_accel.run_folder import RunFolder, choose_folder
+from mnist_accel.run_folder import CONTENT, RunFolder, choose_folder
 
 CONFIG = TrainConfig(resume="auto", learning_rate=0.01, output_dir="run")
 
@@ -27,17 +28,17 @@ def died_early(tmp_path: Path) -> RunFolder:
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(died_early):
-    assert died_early.open(CONFIG, "the same") is None
+    assert died_early.open(CONFIG, "the same", 100) is None
     for damaged in (b"{ half of", b"model: \xff\xfe\x80"):
         (died_early.path / "config.yaml").write_bytes(damaged)
-        assert died_early.open(CONFIG, "the same") is None
+        assert died_early.open(CONFIG, "the same", 100) is None
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_not_taken_over_by_another(died_early):
     with pytest.raises(UserError, match=r"--learning-rate was 0\.01, is 0\.02"):
-        died_early.open(replace(CONFIG, learning_rate=0.02), "the same")
+        died_early.open(replace(CONFIG, learning_rate=0.02), "the same", 100)
     with pytest.raises(UserError, match="--dataset was other data"):
-        died_early.open(CONFIG, "another")
+        died_early.open(CONFIG, "another", 100)
 
 
 def test_a_run_all_of_whose_checkpoints_are_damaged_is_not_started_over(died_early, capsys):
@@ -46,7 +47,7 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_is_not_started_over(died_ear
         checkpoint.mkdir(parents=True)
         (checkpoint / STATE_NAME).write_bytes(b"half")
     with pytest.raises(UserError, match="step_00000003 is damaged"):
-        died_early.open(CONFIG, "the same")
+        died_early.open(CONFIG, "the same", 100)
     assert capsys.readouterr().out.startswith(
         f"warning: checkpoint {died_early.checkpoints / 'step_00000006'} is damaged"
     )
@@ -57,6 +58,31 @@ def test_a_run_goes_on_in_the_folder_that_it_is_resumed_from_unless_another_is_g
     assert choose_folder(TrainConfig(resume=resume)) == Path("runs/mine")
     assert choose_folder(TrainConfig(resume=resume, output_dir="other")) == Path("other")
     assert choose_folder(TrainConfig()).parent == Path("runs")
+
+
+def test_resume_auto_without_a_folder_says_that_it_starts_afresh(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(resume="auto")
+    assert RunFolder(choose_folder(config)).open(config, "data", 100) is None
+    assert "finds nothing without --output-dir" in capsys.readouterr().out
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
+    content = dict.fromkeys(CONTENT) | {"options": {}, "fingerprint": "data", "state": {"step": 100}}
+    folder = RunFolder(tmp_path)
+    write_checkpoint(folder.checkpoints, 100, content, keep=1)
+    assert folder.open(CONFIG, "data", 100) == content
+    with pytest.raises(UserError, match="of step 100, and 99 steps are asked for: give more --epochs"):
+        folder.open(CONFIG, "data", 99)
+
+
+def test_the_options_on_a_model_card_are_a_configuration_file(tmp_path):
+    config = TrainConfig(dataset="digits", learning_rate=0.01, resume="auto", output_dir="mine", augment=True)
+    facts = {"dataset": "digits", "epoch": 1, "step": 9, "split": "test", "accuracy": 0.9, "loss": 0.3}
+    card = model_card(build_model("fast_net"), facts | {"options": config.options()})
+    (tmp_path / "options.yaml").write_text(dedent(card.rpartition("--config`:\n\n")[2]))
+    read = parse_config(["--config", str(tmp_path / "options.yaml")])
+    assert read == replace(config, resume=None, output_dir="")
 
 
 def test_weights_of_a_run_whose_folder_is_gone_do_not_make_it_again(tmp_path):
@@ -79,7 +105,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
     monkeypatch.setattr("mnist_accel.run_folder.time.strftime", lambda _: "2000-01-01_00-00-00")
     together = [RunFolder(choose_folder(TrainConfig())) for _ in range(3)]
     for folder, number in zip(together, ("", "-2", "-3"), strict=True):
-        assert folder.open(TrainConfig(), "data") is None
+        assert folder.open(TrainConfig(), "data", 100) is None
         assert folder.path == Path("runs", f"2000-01-01_00-00-00{number}") and folder.path.is_dir()
         assert folder.checkpoints.parent == folder.path
 

@@ -258,13 +258,14 @@ def test_max_steps_does_not_bend_the_schedule(small_dataset, tmp_path):
     assert timeless(short)[0] == timeless(long)[0]
 
 
-def test_early_stopping_ends_after_so_many_epochs_without_a_new_best(small_dataset, tmp_path):
+def test_early_stopping_ends_after_so_many_epochs_without_a_new_best(small_dataset, tmp_path, capsys):
     # At rate zero the first epoch stays the best one.
     folder = run(
         small_dataset, tmp_path / "run", "--epochs", "9", "--learning-rate", "0", "--early-stopping-patience", "2"
     )
     *epochs, final = rows(folder)
     assert [row["epoch"] for row in epochs] == [1, 2, 3] and final["best_epoch"] == 1
+    assert "Stopped early: 2 epochs without anything better" in capsys.readouterr().out
 
 
 def test_the_counter_of_early_stopping_survives_a_resume(small_dataset, tmp_path):
