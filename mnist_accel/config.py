@@ -18,7 +18,7 @@ import yaml
 from mnist_accel.cli import COUNT, POSITIVE, CommandLine, UserError, number
 from mnist_accel.recipes import RECIPES
 
-MODEL_NAMES = ("mnist_net", "fast_net", "compact_net", "residual_net", "wide_net")
+MODEL_NAMES = ("mnist_net", "fast_net", "compact_net", "residual_net", "deep_net")
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULER_NAMES = ("constant", "linear", "cosine", "onecycle")
 AUGMENTATION_NAMES = ("affine", "elastic", "handwriting")

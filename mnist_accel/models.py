@@ -93,27 +93,22 @@ class MnistNet(DigitClassifier):
 
 
 class ResidualNet(DigitClassifier):
-    """Five 3x3 convolutions, two of them residual, then means over squares of `pool` places: high accuracy.
-
-    The last feature map has 7x7 places: with `pool` 7 the network keeps what is there, in few parameters, but not
-    where; with 2 it keeps nine means, learns faster and reads MNIST's centred digits better.
+    """Five 3x3 convolutions, two of them residual, then the mean over all places: high accuracy in few parameters.
 
     There is no batch normalisation, whose statistics would depend on how a batch is split over processes. Instead the
     residual branches start at zero, so that training starts as a shallower network (Zhang et al. 2019, Fixup).
     """
 
-    def __init__(self, num_classes: int, dropout: float, widths: tuple[int, int, int], pool: int) -> None:
+    def __init__(self, num_classes: int, dropout: float, widths: tuple[int, int, int]) -> None:
         super().__init__()
         first, second, third = widths
-        self.pool = pool
         self.conv1 = nn.Conv2d(1, first, 3, padding=1)
         self.conv2 = nn.Conv2d(first, second, 3, padding=1)
         self.residual2 = nn.Conv2d(second, second, 3, padding=1)
         self.conv3 = nn.Conv2d(second, third, 3, padding=1)
         self.residual3 = nn.Conv2d(third, third, 3, padding=1)
-        features = third * (7 // pool) ** 2
-        self.dropout = Dropout(dropout, features)
-        self.linear = nn.Linear(features, num_classes)
+        self.dropout = Dropout(dropout, third)
+        self.linear = nn.Linear(third, num_classes)
         for convolution in (self.conv1, self.conv2, self.conv3):
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
         for convolution in (self.residual2, self.residual3):
@@ -124,7 +119,60 @@ class ResidualNet(DigitClassifier):
         x = F.relu(self.conv2(x))
         x = F.relu(F.max_pool2d(x + self.residual2(x), 2))
         x = F.relu(self.conv3(x))
-        x = F.avg_pool2d(F.relu(x + self.residual3(x)), self.pool)
+        x = F.avg_pool2d(F.relu(x + self.residual3(x)), 7)
+        return self.linear(self.dropout(x.flatten(1), kept))
+
+
+class StandardizedConvolution(nn.Conv2d):
+    """A convolution whose weights have mean 0 and variance 1 / fan-in in each output channel, times a learned gain.
+
+    With ReLUs scaled by `RELU_GAIN` the signal keeps its variance from layer to layer, as with batch normalisation,
+    whose statistics would depend on how a batch is split over processes (Brock et al. 2021, "Characterizing signal
+    propagation to close the performance gap in unnormalized ResNets").
+    """
+
+    RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
+
+    def __init__(self, channels: int, filters: int, size: int, stride: int = 1, padding: int = 0) -> None:
+        super().__init__(channels, filters, size, stride, padding)
+        self.gain = nn.Parameter(torch.ones(filters, 1, 1, 1))
+        self.fan_in = channels * size**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) * torch.rsqrt(variance + 1e-4) * (self.gain / math.sqrt(self.fan_in))
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class DeepNet(DigitClassifier):
+    """Seven convolutions and no pooling, the highest accuracy: 325,994 parameters at 10 classes.
+
+    Twice 3x3, 3x3, 5x5 with stride 2, of 32 and of 64 filters, then 4x4 to 128 features: the shape of Chris Deotte's
+    network ("25 Million Images! [0.99757] MNIST", Kaggle 2018), with standardised weights in place of batch
+    normalisation and dropout only at the end.
+    """
+
+    def __init__(self, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            [
+                StandardizedConvolution(1, 32, 3),
+                StandardizedConvolution(32, 32, 3),
+                StandardizedConvolution(32, 32, 5, stride=2, padding=2),
+                StandardizedConvolution(32, 64, 3),
+                StandardizedConvolution(64, 64, 3),
+                StandardizedConvolution(64, 64, 5, stride=2, padding=2),
+                StandardizedConvolution(64, 128, 4),
+            ]
+        )
+        self.dropout = Dropout(dropout, 128)
+        self.linear = nn.Linear(128, num_classes)
+        nn.init.normal_(self.linear.weight, std=0.01)
+
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        x = self.normalise(images)
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x)) * StandardizedConvolution.RELU_GAIN
         return self.linear(self.dropout(x.flatten(1), kept))
 
 
@@ -155,9 +203,9 @@ class FastNet(DigitClassifier):
 MODELS: dict[str, Callable[[int, float], DigitClassifier]] = {
     "mnist_net": MnistNet,
     "fast_net": FastNet,
-    "compact_net": partial(ResidualNet, widths=(24, 48, 64), pool=7),  # 96,730 parameters at 10 classes
-    "residual_net": partial(ResidualNet, widths=(32, 64, 128), pool=7),  # 278,474
-    "wide_net": partial(ResidualNet, widths=(32, 96, 192), pool=2),  # 626,442
+    "compact_net": partial(ResidualNet, widths=(24, 48, 64)),  # 96,730 parameters at 10 classes
+    "residual_net": partial(ResidualNet, widths=(32, 64, 128)),  # 278,474
+    "deep_net": DeepNet,
 }
 
 

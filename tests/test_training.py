@@ -397,7 +397,7 @@ def test_a_data_set_of_other_than_ten_classes_trains(small_dataset, tmp_path, mo
     assert weights(folder)["linear2.weight"].shape == (3, 128)
 
 
-@pytest.mark.parametrize("model", ["compact_net", "residual_net", "wide_net"])
+@pytest.mark.parametrize("model", ["compact_net", "residual_net", "deep_net"])
 def test_the_other_networks_train_too(small_dataset, tmp_path, model):
     folder = run(small_dataset, tmp_path / "run", "--model", model, "--max-steps", "2")
     assert load_model(folder).name == model and (folder / "figures" / "mistakes.png").is_file()
