@@ -3,9 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -93,20 +92,20 @@ def predict_folder(
                 wanted += f" one of {', '.join(classes)}: rename them, or leave --labels out"
                 raise UserError(f"--labels {labels}: none of {len(paths)} images {wanted}")
         mine = predict(network.to(accelerator.device), files, pool, accelerator.device)
-        with closing(gathered(mine, -(-len(paths) // BATCH_SIZE), accelerator.num_processes)) as batches:
-            if not accelerator.is_main_process:
-                return sum(row.error is not None for batch in batches for row in batch)
+        batches = gathered(mine, -(-len(paths) // BATCH_SIZE), accelerator.num_processes)
+        if not accelerator.is_main_process:
+            return sum(row.error is not None for batch in batches for row in batch)
 
-            out = sys.stderr if output == "-" else sys.stdout
-            found = "shipped with mnist_accel" if source == SHIPPED else f"{source}, the newest run here"
-            print(
-                f"model: {model or found} ({network.name}) on {accelerator.device}; {len(paths)} images",
-                file=out,
-                flush=True,
-            )
-            summary, rows = Summary(classes, label, began), chain.from_iterable(batches)
-            progress = tqdm(rows, total=len(paths), unit=" images", disable=not sys.stderr.isatty())
-            write_rows(map(summary.count, progress), output, classes, probabilities)
+        out = sys.stderr if output == "-" else sys.stdout
+        found = "shipped with mnist_accel" if source == SHIPPED else f"{source}, the newest run here"
+        print(
+            f"model: {model or found} ({network.name}) on {accelerator.device}; {len(paths)} images",
+            file=out,
+            flush=True,
+        )
+        summary, rows = Summary(classes, label, began), chain.from_iterable(batches)
+        progress = tqdm(rows, total=len(paths), unit=" images", disable=not sys.stderr.isatty())
+        write_rows(map(summary.count, progress), output, classes, probabilities)
     print(summary.text(bool(labels)), file=out)
     if output != "-":
         print(f"predictions: {output}", file=out)
@@ -169,37 +168,21 @@ def predict(
     return in_order(pool, classify, grouped(files, BATCH_SIZE), ahead=4)
 
 
-def gathered(batches: Iterator[list[Seen]], count: int, world: int) -> Generator[list[Seen], None, None]:
+def gathered(batches: Iterator[list[Seen]], count: int, world: int) -> Iterator[list[Seen]]:
     """The lists of all processes in their global order, on every process, `count` in all.
 
-    Whoever fails, or stops listening, tells the others at the next exchange, so that none waits for it.
-
     Raises:
-        UserError: another process failed or died.
+        UserError: another process failed or died; it ended, which its partners in an exchange notice.
     """
     from accelerate.utils import gather_object
 
-    def exchange(rows: list[Seen] | None) -> list[list[Seen] | None]:
+    for _ in range(-(-count // world)):
+        mine = next(batches, [])
         try:
-            return gather_object([rows])
+            everyone = gather_object([mine])
         except RuntimeError as error:
-            raise UserError("another process has died, so there is no complete answer: start again") from error
-
-    rounds = -(-count // world)
-    expected = True  # whether the others come to one more exchange
-    try:
-        for turn in range(1, rounds + 1):
-            mine = next(batches, [])
-            expected = False
-            everyone = exchange(mine)
-            if None in everyone:
-                raise UserError("another process could not go on: its message is above")
-            expected = turn < rounds
-            yield from (rows for rows in everyone if rows)
-    except BaseException:
-        if expected:
-            exchange(None)
-        raise
+            raise UserError("another process failed or died, so there is no complete answer: start again") from error
+        yield from filter(None, everyone)
 
 
 def write_rows(rows: Iterable[Seen], output: str, class_names: list[str], probabilities: bool) -> None:
