@@ -7,7 +7,6 @@ normalisation is inside it, so that an exported file needs none. The training lo
 import json
 import math
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -225,20 +224,6 @@ def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def packed(model: DigitClassifier) -> dict[str, Any]:
-    """A copy of all that training and calibration made of a network: tensors and numbers."""
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    return {"weights": weights, "temperature": model.temperature, "no_digit_level": model.no_digit_level}
-
-
-def unpacked(model: DigitClassifier, content: dict[str, Any]) -> DigitClassifier:
-    """A copy of `model` with the content that `packed` took from one like it."""
-    model = deepcopy(model)
-    model.load_state_dict(content["weights"])
-    model.temperature, model.no_digit_level = content["temperature"], content["no_digit_level"]
-    return model
 
 
 def model_files(model: DigitClassifier, /, **facts: Any) -> dict[str, bytes]:

@@ -30,7 +30,7 @@ from mnist_accel.models import CONFIG_NAME, DigitClassifier, model_files
 from mnist_accel.output import replacing
 
 # What a checkpoint holds; by the options and the data's fingerprint it is known of which run it is.
-CONTENT = {"options", "fingerprint", "state", "model", "average", "best", "optimizer", "scaler"}
+CONTENT = {"options", "fingerprint", "state", "model", "average", "best_files", "optimizer", "scaler"}
 OWN_NAMES = ("config.yaml", "metrics.jsonl", "best", "final", "checkpoints")
 
 
@@ -170,12 +170,17 @@ class RunFolder:
         with _written_whole(self.path / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def write_weights(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
-        """`best/` or `final/`: safetensors, config.json and the model card, each replaced whole."""
+    def write_weights(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> dict[str, bytes]:
+        """`best/` or `final/`: safetensors, config.json and the model card; returns each file's content by its name."""
+        files = model_files(model, **facts) | {"README.md": model_card(model, facts).encode()}
+        self.write_files(name, files)
+        return files
+
+    def write_files(self, name: str, files: dict[str, bytes]) -> None:
+        """A folder of the run's with these files, name to content, each replaced whole."""
         folder = self.path / name
         with _user_error(folder):
             folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
-        files = model_files(model, **facts) | {"README.md": model_card(model, facts).encode()}
         with ExitStack() as all_or_none:  # each takes its place only once all are written
             for file, content in files.items():
                 all_or_none.enter_context(_written_whole(folder / file)).write_bytes(content)

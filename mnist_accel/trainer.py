@@ -22,7 +22,7 @@ from mnist_accel.hub import upload_folder
 from mnist_accel.loader import ResidentLoader, hold_out, label_targets
 from mnist_accel.micro_batch import allocate_gradients, halvings_to_fit
 from mnist_accel.model_card import describe
-from mnist_accel.models import DigitClassifier, build_model, load_model, packed, unpacked
+from mnist_accel.models import DigitClassifier, build_model, load_model
 from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
 from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
@@ -80,7 +80,7 @@ class Trainer:
         # Each rank sums the loss of its own images; a checkpoint holds the sum over ranks, so one rank takes it.
         precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.loss_sum = torch.tensor(self.state.loss_sum if self.is_main else 0.0, dtype=precision, device=device)
-        self.best: dict[str, Any] | None = checkpoint["best"] if checkpoint else None  # what `best/` holds
+        self.best: dict[str, bytes] = checkpoint["best_files"] if checkpoint else {}  # what `best/` holds
         if checkpoint:
             self.state.count_patience(config.early_stopping_metric)
             self._restore(checkpoint)
@@ -203,7 +203,7 @@ class Trainer:
                     "state": asdict(self.state),
                     "model": self.network.state_dict(),
                     "average": self.average.model.state_dict() if self.average else None,
-                    "best": self.best,
+                    "best_files": self.best,
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": scaler.state_dict() if scaler else None,
                 }
@@ -237,7 +237,7 @@ class Trainer:
         with together(self.accelerator):
             if self.is_main:
                 if is_best:
-                    self._write_weights("best", self.eval_name, result)
+                    self.best = self._write_weights("best", self.eval_name, result)
                 self.folder.write_metrics(state.history)
                 self.reporter.log_row(state.history[-1], unfinished)
         self.loss_sum.zero_()
@@ -272,7 +272,7 @@ class Trainer:
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         with together(self.accelerator):
             if self.is_main and self.best:  # what lies in best/ may be of another course, or half there
-                self.folder.write_weights("best", unpacked(self.network, self.best["network"]), self.best["facts"])
+                self.folder.write_files("best", self.best)
         self.network.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.average:
@@ -285,11 +285,9 @@ class Trainer:
         """The network that is evaluated and kept: the averaged one where there is one."""
         return self.average.model if self.average else self.network
 
-    def _write_weights(self, name: str, split_name: str, result: Evaluation) -> None:
+    def _write_weights(self, name: str, split_name: str, result: Evaluation) -> dict[str, bytes]:
         facts = describe(self.config, self.data.fingerprint, split_name, result, self.state.history[-1])
-        self.folder.write_weights(name, self.evaluated_network, facts)
-        if name == "best":
-            self.best = {"network": packed(self.evaluated_network), "facts": facts}
+        return self.folder.write_weights(name, self.evaluated_network, facts)
 
     def _finish(self) -> int:
         """Leave `final/`, the last row of metrics.jsonl and the figures."""
