@@ -6,8 +6,9 @@ import json
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,15 +40,10 @@ def check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: no folder {path.parent}; make it, or give another name")
     try:
-        with suppress(_OnlyTrying), replacing(path) as temporary:
-            temporary.touch()
-            raise _OnlyTrying
+        if path.is_file() or not path.exists():  # a pipe or a device is written to where it is
+            tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; give another name") from error
-
-
-class _OnlyTrying(Exception):
-    pass
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mnist_accel.cli import UserError, importing
 from mnist_accel.image_files import Readers, Seen, find_images, grouped, in_order, readable, usable_cores
-from mnist_accel.output import check_output, write_table
+from mnist_accel.output import check_output, check_writable, picture_format, write_table
 from mnist_accel.summary import Summary, label_of
 
 # torch and what imports it stand inside functions here: reading images begins before.
@@ -50,12 +50,13 @@ def predict_folder(
     Raises:
         UserError: any mistake in the arguments, found before anything is written; a disk that fills up.
     """
-    from mnist_accel.sheet import PICTURES, check_sheet, draw_sheet
+    from mnist_accel.sheet import PICTURES, draw_sheet
 
     def look() -> list[bytes]:
         check_output(output)
         if sheet is not None:
-            check_sheet(sheet)
+            picture_format(sheet)
+            check_writable(sheet)
         return find_images(folder, leaving_out=sheet)
 
     def read(paths: list[bytes], rank: int = 0, world: int = 1) -> Iterator[Seen]:

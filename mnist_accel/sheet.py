@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from mnist_accel.image_files import Seen
-from mnist_accel.output import check_writable, picture_format, write_picture
+from mnist_accel.output import write_picture
 
 # The sheet shows this many images, from the first: more would not be looked at.
 PICTURES = 200
@@ -14,12 +14,6 @@ COLUMNS = 10
 IMAGE, GAP, LINE, NAME = 56, 4, 18, 13
 PAPER, SURROUND, EDGE = "#ffffff", "#ececec", "#b8b8b8"
 TEXT, FAINT, RIGHT, WRONG = "#222222", "#5f6368", "#2a7f3f", "#c0202a"
-
-
-def check_sheet(path: Path) -> None:
-    """Raises UserError if no picture can be written under this name."""
-    picture_format(path)
-    check_writable(path)
 
 
 def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[str], path: Path) -> None:
