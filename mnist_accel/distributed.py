@@ -16,14 +16,12 @@ import accelerate.optimizer
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
 from mnist_accel.cli import UserError
 from mnist_accel.config import FIRST_PROCESS_ONLY
 from mnist_accel.image_files import usable_cores
-
-DATA_PARALLEL = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU}
 
 
 def build_accelerator(
@@ -66,11 +64,6 @@ def build_accelerator(
         raise UserError(
             f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would "
             "train alone and overwrite the others; on CPU set ACCELERATE_USE_CPU=true in the launcher's environment"
-        )
-    if accelerator.distributed_type not in DATA_PARALLEL:
-        raise UserError(
-            f"distributed_type {accelerator.distributed_type.value} is not supported: launch with --multi_gpu, or "
-            "choose data parallelism in `accelerate config`"
         )
     device, precision = accelerator.device.type, accelerator.mixed_precision
     supported = ["no", "bf16"] if device == "cpu" else ["no", "bf16", "fp16"]
