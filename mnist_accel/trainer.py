@@ -119,7 +119,9 @@ class Trainer:
                             self.loss_sum += loss.detach()
                             if accelerator.sync_gradients:
                                 if (state.step + 1) % self.check_interval == 0:
-                                    stop_signal = self._check_loss_and_signals(rate, signals)
+                                    # A sum once not finite stays so: it tells of every step since the last check.
+                                    loss_sum, stop_signal = agree(accelerator, self.loss_sum, signals.received)
+                                    self._refuse_non_finite(loss_sum, rate)
                                 if config.max_grad_norm is not None:
                                     accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
                             self.optimizer.step()
@@ -143,17 +145,6 @@ class Trainer:
             return self._stop(stop_signal) if stop_signal and state.step < self.last_step else self._finish()
 
     # Parts of the loop
-
-    def _check_loss_and_signals(self, rate: float, signals: StopSignals) -> int:
-        """Called before the weights move; returns the signal that any rank got, 0 for none.
-
-        Raises:
-            UserError: the loss is not finite on some rank.
-        """
-        # A sum once not finite stays so: it tells of every step since the last check.
-        loss_sum, stop_signal = agree(self.accelerator, self.loss_sum, signals.received)
-        self._refuse_non_finite(loss_sum, rate)
-        return stop_signal
 
     def _refuse_non_finite(self, loss_sum: float, rate: float) -> None:
         if math.isfinite(loss_sum):
