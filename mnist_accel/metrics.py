@@ -21,14 +21,12 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's 95% score interval for an accuracy measured on `total` images; (0, 1) where there are none.
+    """Wilson's 95% score interval for an accuracy measured on `total` images, at least one.
 
     Unlike the textbook's normal approximation it stays inside 0..1 and holds near 100%, where MNIST lives.
     It covers the chance in which images were tested, not the spread between training seeds.
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
     """
-    if total == 0:
-        return 0.0, 1.0
     z, share = NormalDist().inv_cdf(0.975), correct / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
