@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mnist_accel.cli import UserError
+from mnist_accel.output import flush_folder
 
 STATE_NAME = "training_state.pt"
 
@@ -46,14 +47,6 @@ class TrainState:
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether `patience` epochs in a row (None: any number) have brought nothing better."""
         return patience is not None and self.epochs_without_improvement >= patience
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a loss of power."""
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:

@@ -48,7 +48,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it takes the place of `path` at the end, and nothing is left after an error."""
+    """A name beside `path` to write to; flushed, it takes the place of `path` at the end; an error leaves nothing."""
     if path.exists() and not path.is_file():
         # A pipe or a device cannot be replaced, only written to.
         yield path
@@ -61,9 +61,20 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}@{host}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
+        flush_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a loss of power."""
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from mnist_accel import figures
-from mnist_accel.checkpoint import complete_checkpoints, flush_folder, read_checkpoint
+from mnist_accel.checkpoint import complete_checkpoints, read_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import PROVENANCE, TrainConfig, differing_options
 from mnist_accel.data import ImageData, Split
@@ -60,23 +60,13 @@ def _given_folder(config: TrainConfig) -> Path | None:
 
 @contextmanager
 def _user_error(path: Path) -> Iterator[None]:
+    """Around writing `path` by `replacing` or making it: what the disk refuses is a `UserError`."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}; make room or choose another --output-dir"
         ) from error
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; flushed to disk, it takes the place of `path` when the block ends well."""
-    with _user_error(path):
-        with replacing(path) as temporary:
-            yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-        flush_folder(path.parent)
 
 
 class RunFolder:
@@ -162,12 +152,14 @@ class RunFolder:
             "versions": {"torch": str(torch.__version__)}
             | {name: version(name) for name in ("mnist-accel", "accelerate", "datasets")},
         }
-        with _written_whole(self.path / "config.yaml") as temporary:
+        path = self.path / "config.yaml"
+        with _user_error(path), replacing(path) as temporary:
             temporary.write_text(yaml.safe_dump(content, sort_keys=False))
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """`metrics.jsonl`, whole: rows come from the training state, so a resumed run neither doubles nor loses any."""
-        with _written_whole(self.path / "metrics.jsonl") as temporary:
+        path = self.path / "metrics.jsonl"
+        with _user_error(path), replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write_weights(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> dict[str, bytes]:
@@ -179,11 +171,10 @@ class RunFolder:
     def write_files(self, name: str, files: dict[str, bytes]) -> None:
         """A folder of the run's with these files, name to content, each replaced whole."""
         folder = self.path / name
-        with _user_error(folder):
+        with _user_error(folder), ExitStack() as all_or_none:  # each takes its place only once all are written
             folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
-        with ExitStack() as all_or_none:  # each takes its place only once all are written
             for file, content in files.items():
-                all_or_none.enter_context(_written_whole(folder / file)).write_bytes(content)
+                all_or_none.enter_context(replacing(folder / file)).write_bytes(content)
 
     def add_facts(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
         """Write `best/` or `final/`, which holds this network, once more, with more facts in config.json and card."""
@@ -197,11 +188,12 @@ class RunFolder:
             "confusion_matrix": figures.draw_confusion_matrix(result.confusion, names),
             "mistakes": figures.draw_mistakes(split.images, split.labels, result.probabilities, names),
         }
-        with _user_error(self.path):
-            (self.path / "figures").mkdir(exist_ok=True)
-        for name, picture in pictures.items():
-            with _written_whole(self.path / "figures" / f"{name}.png") as temporary:
-                Image.fromarray(picture).save(temporary, format="PNG")
+        folder = self.path / "figures"
+        with _user_error(folder):
+            folder.mkdir(exist_ok=True)
+            for name, picture in pictures.items():
+                with replacing(folder / f"{name}.png") as temporary:
+                    Image.fromarray(picture).save(temporary, format="PNG")
         return pictures
 
 
