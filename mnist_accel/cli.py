@@ -143,7 +143,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         else:
             raise
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    # A process that fails alone ends at once: to leave the group it would wait for the others, and they for it.
+    if status == 0 and distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
     _end_process(status)
 

@@ -90,8 +90,10 @@ def predict_folder(
             label = partial(label_of, folder=folder, source=labels, class_names=classes)
             if labels and all(label(readable(path)) is None for path in paths):
                 wanted = "lies in a folder named" if labels == "folder" else "has a name that begins with"
-                wanted += f" one of {', '.join(classes)}: rename them, or leave --labels out"
-                raise UserError(f"--labels {labels}: none of {len(paths)} images {wanted}")
+                raise UserError(
+                    f"--labels {labels}: none of {len(paths)} images {wanted} one of {', '.join(classes)}: rename "
+                    "them, or leave --labels out"
+                )
         mine = predict(network.to(accelerator.device), files, pool, accelerator.device)
         batches = gathered(mine, -(-len(paths) // BATCH_SIZE), accelerator.num_processes)
         if not accelerator.is_main_process:
