@@ -4,7 +4,6 @@ Every measurement is a process of its own with a hard time limit, started as a u
 part take turns, several rounds of them, so that a machine that grows slower in between slows all of them alike.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -40,33 +39,15 @@ LOOPS = ["-m", "mnist_accel.benchmark_loops"]
 Case = tuple[str, Sequence[str], Sequence[list[Any]]]
 
 
-def _counts(text: str) -> list[int]:
-    return [COUNT(part) for part in text.split(",")]
-
-
-def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown: choose from {','.join(known)}")
-        return names
-
-    return parse
-
-
 @dataclass
 class Benchmark:
     """What to measure and how often: the options of scripts/benchmark.py, and what is known once it runs."""
 
     scripts: Path  # the folder of train.py and predict_dir.py
     dataset: str = option("ylecun/mnist", "a Hub id, a local folder, or digits")
-    parts: Sequence[str] = option(PARTS, f"what to measure (default: {','.join(PARTS)})", type=_some_of(PARTS))
-    precisions: Sequence[str] = option(
-        PRECISIONS, f"of the training speeds (default: {','.join(PRECISIONS)})", type=_some_of(PRECISIONS)
-    )
-    workers: Sequence[int] = option(
-        (0, 2), "DataLoader workers of the examples' loop, one variant each (default: 0,2)", type=_counts
-    )
+    parts: Sequence[str] = option(PARTS, "what to measure (default: all)", nargs="+", choices=PARTS)
+    precisions: Sequence[str] = option(PRECISIONS, "of the trainings (default: both)", nargs="+", choices=PRECISIONS)
+    workers: Sequence[int] = option((0, 2), "of the examples' DataLoader (default: 0 2)", nargs="+", type=COUNT)
     rounds: int = option(3, "how often each command is run, in turn", type=POSITIVE)
     steps: int = option(300, "optimizer steps of a training measurement", type=POSITIVE)
     seeds: int = option(5, "trainings of the recipe fast", type=POSITIVE)

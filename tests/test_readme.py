@@ -66,9 +66,9 @@ ONLY_PARSED = {
     "--main_process_port 29500 scripts/train.py --output-dir runs/two": "it needs two machines; see test_two_hosts.py",
     "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint 10.0.0.1:29500 --max_restarts 3 "
     "scripts/train.py --output-dir runs/two --resume auto": "it needs two machines; see test_two_hosts.py",
-    "python scripts/benchmark.py --parts training,kernels,startup,prediction --steps 200 --rounds 5 --figure benchmark.png": "it takes "
+    "python scripts/benchmark.py --parts training kernels startup prediction --steps 200 --rounds 5 --figure benchmark.png": "it takes "
     "long; see test_benchmark.py",
-    "python scripts/benchmark.py --parts accuracy,scaling --steps 200": "it takes long; see test_benchmark.py",
+    "python scripts/benchmark.py --parts accuracy scaling --steps 200": "it takes long; see test_benchmark.py",
 }
 PROGRAMS = "accelerate|hf|nvidia-smi|pip|python|tensorboard|torchrun|uv"
 INSTALLER = "python -m pip install -q uv && "
