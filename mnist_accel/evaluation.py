@@ -109,11 +109,9 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(
-    models: list[DigitClassifier], split: Split, class_names: list[str], device: torch.device, batch_size: int = 500
-) -> Evaluation:
+def evaluate(models: list[DigitClassifier], split: Split, class_names: list[str], device: torch.device) -> Evaluation:
     """Measure the mean of the probabilities of models, at least one, all of these classes; moves them to `device`."""
-    logits = [predict_logits(model.to(device), split.images, device, batch_size) for model in models]
+    logits = [predict_logits(model.to(device), split.images, device) for model in models]
     return _measure(logits, models, split.labels, class_names)
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mnist_accel.cli import MODEL_HELP, POSITIVE, CommandLine, is_first_rank, run_script
+from mnist_accel.cli import MODEL_HELP, CommandLine, is_first_rank, run_script
 
 
 def main() -> int:
@@ -11,7 +11,6 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", help=f"one, or several that are averaged as an ensemble: {MODEL_HELP}")
     parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
     parser.add_argument("--split", default="test", choices=["test", "train"], help="the images to measure on")
-    parser.add_argument("--batch-size", type=POSITIVE, default=500, help="images at once; changes no result")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write every measure to this file")
     parser.add_argument("--mistakes", type=Path, metavar="FILE.png", help="draw the most confident mistakes")
     parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
@@ -39,7 +38,7 @@ def main() -> int:
     if len(models) > 1:
         print(f"ensemble           the mean of the probabilities of these {len(models)}")
     print(f"data set           {data.source}, {options.split} split, {len(split.labels):,} images, on {device}")
-    result = evaluate(list(models.values()), split, data.class_names, device, options.batch_size)
+    result = evaluate(list(models.values()), split, data.class_names, device)
     print(result.as_text())
 
     if options.output:

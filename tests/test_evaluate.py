@@ -74,7 +74,7 @@ def test_logits_do_not_depend_on_the_batch_size_and_come_from_eval_mode(split):
 def test_evaluation_of_one_model_matches_its_logits(split):
     model = make_model(0, temperature=3.0)
     logits = predict_logits(model, split.images, CPU)
-    result = evaluate([model], split, DIGITS, CPU, batch_size=16)
+    result = evaluate([model], split, DIGITS, CPU)
     assert result.total == 50
     assert result.correct == int((logits.argmax(dim=1) == split.labels).sum())
     assert result.loss == pytest.approx(float(F.cross_entropy(logits, split.labels)), rel=1e-5)
@@ -139,7 +139,7 @@ def test_a_model_of_other_class_names_is_used_with_a_note(tmp_path, capsys):
 def test_script_prints_and_writes_the_same_measures_for_an_ensemble(run_evaluate, saved, tmp_path):
     files = {name: tmp_path / "new" / name for name in ("measures.json", "mistakes.png", "confusion.png")}
     printed = run_evaluate(
-        *("--model", *saved, "--dataset", "digits", "--batch_size", 100, "--output", files["measures.json"]),
+        *("--model", *saved, "--dataset", "digits", "--output", files["measures.json"]),
         *("--mistakes", files["mistakes.png"], "--confusion", files["confusion.png"]),
     )
     measures = json.loads(files["measures.json"].read_text())
@@ -179,7 +179,6 @@ def test_only_the_first_of_several_processes_prints(run_evaluate, saved, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-size", "0"], "at least 1"),
         (["--model", "missing"], "no model folder missing"),
         (["--split", "validation"], "invalid choice"),
     ],
