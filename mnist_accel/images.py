@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
 from mnist_accel.ink import find_digit, sheet_of_paper, solid_card, upright
-from mnist_accel.parts import Grey, box_of, fitted, is_narrow, longest_side, reduced
+from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
 
 SIDE, BOX = 28, 20
 with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed
@@ -223,10 +223,14 @@ def _without_margin(values: np.ndarray) -> np.ndarray:
     corners = values[[0, 0, -1, -1], [0, -1, 0, -1]]
     margin = np.median(corners, axis=0)
     off = (np.abs(values - margin).max(2) > 0.03).astype(np.uint8)
-    rows, columns = box_of(off)
+    if np.abs(corners - margin).max() > 0.03 or not off.any():
+        return values
+    # The largest part: a page has text beside its picture, and a phone's screen has the clock.
+    parts = Parts(off)
+    rows, columns = box_of(parts.mask(parts.largest()))
     inner = off[rows, columns]
     # A drawing on a blank page differs from it only where its strokes are, a photo of paper almost everywhere.
-    if np.abs(corners - margin).max() > 0.03 or min(inner.shape) < 40 or inner.size == off.size or inner.mean() < 0.9:
+    if min(inner.shape) < 40 or inner.size == off.size or inner.mean() < 0.9:
         return values
     depth = round(0.02 * min(inner.shape)) + 1  # the rim of a compressed picture is blurred
     picture = values[rows, columns][depth:-depth, depth:-depth]
