@@ -99,16 +99,18 @@ def _is_shading(strength: Grey, part: Mask) -> bool:
 def sheet_of_paper(found: Mask) -> Sheet | None:
     """The sheet with strokes on it, lying on something of another brightness, that was found instead of a digit.
 
-    That is a rectangle, seen a little aslant perhaps, with holes much narrower than what is left of it beside them: the
-    counters of a bold zero or eight are not. None where nothing of the kind was found.
+    That is a disc or a rectangle, seen a little aslant perhaps, with holes much narrower than what is left of it beside
+    them: the counters of a bold zero or eight are not. None where nothing of the kind was found.
     """
     outlines = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     outline = max(outlines, key=cv2.contourArea)
     hull = cv2.convexHull(outline)
     corners = cv2.approxPolyDP(hull, 0.04 * cv2.arcLength(hull, True), True)
     middle, size, degrees = cv2.minAreaRect(outline)
-    area = cv2.contourArea(outline)
-    if len(corners) != 4 or min(size) < 0.1 * max(found.shape) or area < 0.8 * size[0] * size[1]:
+    area, radius = cv2.contourArea(outline), cv2.minEnclosingCircle(outline)[1]
+    is_round = area > 0.9 * np.pi * radius**2
+    rectangular = len(corners) == 4 and area >= 0.8 * size[0] * size[1]
+    if min(size) < 0.1 * max(found.shape) or not (rectangular or is_round):
         return None
     sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
     strokes = sheet & ~found
@@ -116,7 +118,11 @@ def sheet_of_paper(found: Mask) -> Sheet | None:
     if holes.count < 2 or holes.size[1:].max() < 0.1 * min(size):
         return None
     blank, stroke = (float(distance_to_paper(part).max()) for part in (sheet & found, strokes))
-    return (middle, size, degrees) if blank > 0.1 * min(size) and stroke < 0.6 * blank else None
+    # A round zero whose counter is narrower than its strokes would need a pen of a third of its width.
+    if blank <= 0.1 * min(size) or stroke >= (1.0 if is_round else 0.6) * blank:
+        return None
+    # Of a badge, the square within it.
+    return (middle, (0.77 * size[0], 0.77 * size[1]), 0.0) if is_round else (middle, size, degrees)
 
 
 def solid_card(found: Mask) -> Sheet | None:
