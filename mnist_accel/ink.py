@@ -131,7 +131,9 @@ def solid_card(found: Mask) -> Sheet | None:
     if len(outlines) != 1:
         return None
     middle, size, degrees = cv2.minAreaRect(outlines[0])
-    if min(size) < max(0.1 * max(found.shape), 0.5 * max(size)):
+    # A narrow one upright is a one; no digit lies flat, but a strip of tape does.
+    high, wide = found[box_of(found)].shape
+    if min(size) < 0.1 * max(found.shape) or (high > wide and min(size) < 0.5 * max(size)):
         return None
     return (middle, size, degrees) if found.sum() > 0.93 * size[0] * size[1] else None
 
