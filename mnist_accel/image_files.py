@@ -67,7 +67,7 @@ def find_images(folder: Path, leaving_out: Path | None = None) -> list[bytes]:
                 found.append(path.removeprefix(root))
     if not found:
         raise UserError(f"no images in {folder}: it should hold files such as .png or .jpg, in subfolders too")
-    return sorted(found, key=readable)
+    return sorted(found, key=lambda path: (readable(path), path))
 
 
 def _wanted(path: bytes, leaving_out: os.stat_result | None) -> bool:

@@ -91,6 +91,8 @@ def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, UnidentifiedImageError):
         with open(path, "rb") as file:
             start = file.read(12)
+        if not start:
+            return "an empty file"
         if start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS and "HEIF" not in FORMATS:
             return "a HEIC image: to read these, pip install pillow-heif"
         return "not an image, or of a format that is not supported"

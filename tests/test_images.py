@@ -184,6 +184,21 @@ def on_a_screen(note: np.ndarray) -> np.ndarray:
     return screen
 
 
+def in_a_gallery(photo: np.ndarray) -> np.ndarray:
+    """A phone's screen: the clock above the photo, its name and buttons below."""
+    screen = np.zeros((800, 370, 3), np.uint8)
+    screen[150 : 150 + len(photo)] = photo
+    for words, place in (("12:45", (20, 30)), ("IMG_2041.jpg", (120, 70)), ("< o x >", (130, 760))):
+        cv2.putText(screen, words, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, (230, 230, 230), 2, cv2.LINE_AA)
+    return screen
+
+
+def on_a_badge(ink: np.ndarray) -> np.ndarray:
+    """A white digit on a coloured disc on white."""
+    disc = cv2.circle(np.zeros_like(ink), (100, 100), 90, 1.0, -1)
+    return paint(ink, (255, 255, 255), paint(disc, (40, 60, 180), (255, 255, 255)))
+
+
 VARIANTS = {
     "light on dark": lambda d: 255 - paint(draw(d)),
     "a phone's upright photo under a lamp": lambda d: noise(lamp(paint(draw(d, 640, 360, 0.5, 0.06, at=(0.4, 0.45)))), 4),
@@ -219,6 +234,9 @@ VARIANTS = {
     "a scan with dark edges": lambda d: scanned(paint(draw(d, 700, 500, 0.14, 0.012, at=(0.45, 0.55)))),
     "a small note darker than the screen behind": lambda d: on_a_screen(
         paint(draw(d, 320, 320, 0.65, 0.12), (60, 60, 60), (255, 237, 128))),
+    "a photo in a phone's gallery": lambda d: in_a_gallery(noise(lamp(paint(draw(d, 500, 370, 0.5, 0.06))), 4)),
+    "a badge": lambda d: on_a_badge(draw(d, size=0.45)),
+    "a strip of tape": lambda d: lamp(on_a_page(paint(draw(d, 150, 420), (20, 20, 20), (160, 175, 230)), 150)),
     "a table's line at the top": lambda d: paint(level_line(draw(d), 0.04, 0.03, 1.0)),
     "ruled paper": lambda d: paint(level_line(draw(d), 0.42, 0.015, 0.5)),
     "a neighbour cut at the edge": lambda d: paint(with_neighbour(draw(d))),
@@ -369,6 +387,12 @@ def test_no_decoder_runs_that_runs_other_programs(tmp_path: Path):
     (tmp_path / "page.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(ImageError, match="not an image"):
         read_image(tmp_path / "page.png")
+
+
+def test_an_empty_file_is_called_so(tmp_path: Path):
+    (tmp_path / "broken_off.png").touch()
+    with pytest.raises(ImageError, match="an empty file"):
+        read_digit(tmp_path / "broken_off.png")
 
 
 def test_a_phones_heic_is_read_or_its_reason_names_what_reads_it(tmp_path: Path):
