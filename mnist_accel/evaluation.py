@@ -28,8 +28,8 @@ def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch
     try:
         with torch.inference_mode():
             batches = [
-                # The class's own: `prepare` makes the instance's compute in mixed precision, and whoever loads the
-                # weights computes without.
+                # `prepare` replaced this instance's forward by one in mixed precision. Whoever loads the weights
+                # computes without: so the class's.
                 type(model).forward(model, batch.to(device).unsqueeze(1).float() / 255)
                 for batch in images.split(batch_size)
             ]
@@ -44,7 +44,7 @@ class Evaluation:
 
     class_names: list[str]
     confusion: Tensor  # int64 (C, C), rows are true classes
-    loss: float  # mean cross-entropy in nats at temperature 1, as `eval_loss` in metrics.jsonl
+    loss: float  # mean cross-entropy in nats (of the models' mean) at temperature 1, as `eval_loss` in metrics.jsonl
     calibration_error: float  # expected calibration error of `probabilities`, 0..1
     probabilities: Tensor  # float32 (N, C) on the CPU, calibrated by each model: the confidences that users see
     single_accuracies: list[float]  # of each model alone, 0..1

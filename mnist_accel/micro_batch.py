@@ -44,7 +44,7 @@ def _fits(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Te
     model.train()
     try:
         with accelerator.no_sync(model):
-            F.cross_entropy(model(images), labels.clamp(min=0)).backward()
+            F.cross_entropy(model(images), labels.clamp(min=0)).backward()  # negative: no digit, or no image
         return True
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says so in the message only
         if not should_reduce_batch_size(error):

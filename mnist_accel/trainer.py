@@ -293,7 +293,7 @@ class Trainer:
         with together(self.accelerator):
             if self.is_main:
                 self._write_weights("final", "test", result)
-                if self.config.validation_size:
+                if self.config.validation_size:  # on this process alone: a second's work
                     best = load_model(self.folder.path / "best")
                     best_result = evaluate([best], test, self.data.class_names, self.accelerator.device)
                     final["best_test_accuracy"] = best_result.accuracy

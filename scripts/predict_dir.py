@@ -30,7 +30,7 @@ def main() -> int:
 
     from mnist_accel.predict import predict_folder
 
-    # So that what was half written is removed, as after Ctrl-C.
+    # Raise, so that what was half written is removed, as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return int(predict_folder(**options) > 0 and strict)
 

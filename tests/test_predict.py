@@ -155,7 +155,7 @@ def test_a_rank_killed_in_the_middle_leaves_the_old_file_and_the_next_run_clears
     folder, out = tmp_path / "images", tmp_path / "out"
     folder.mkdir(), out.mkdir()
     (out / "p.csv").write_text("old")
-    Image.fromarray(paint(draw(4, 600, 600))).save(folder / "first.png")
+    Image.fromarray(paint(draw(4, 300, 300))).save(folder / "first.png")
     for i in range(20 * BATCH_SIZE):
         os.link(folder / "first.png", folder / f"{i}.png")
     ranks = two_ranks(folder, "--model", model, "--output", out / "p.csv")
