@@ -108,4 +108,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parts do: pickle, zip, runtime and key errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} is damaged ({reason}): remove it and resume from an earlier one") from error
+        raise UserError(
+            f"checkpoint {path} is damaged ({reason}): remove it and resume from an earlier one, or begin anew"
+        ) from error

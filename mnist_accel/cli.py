@@ -125,6 +125,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    os.environ["MPLBACKEND"] = "agg"  # a notebook exports its own, which is not installed here; nothing is shown
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -138,8 +139,13 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         elif error.errno in (errno.EPIPE, errno.ENOSPC):
             # The reader of our output (`| head`) has gone, or the disk it goes to is full; Python would complain once
             # more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = 141 if error.errno == errno.EPIPE else _report(f"cannot write: {error.strerror}; make room")
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            if error.errno == errno.EPIPE:
+                os.dup2(nowhere, sys.stderr.fileno())  # which `2>&1 | head` has taken along
+                status = 141
+            else:
+                status = _report(f"cannot write the output: {error.strerror}; make room")
         else:
             raise
     distributed = sys.modules.get("torch.distributed")

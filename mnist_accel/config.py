@@ -76,7 +76,9 @@ class TrainConfig:
     dropout: float = option(0.5, "before the last layer", type=_FRACTION)
     label_smoothing: float = option(0.0, "probability mass spread over all classes", type=_FRACTION)
     ema_decay: float | None = option(None, "decay of an average of the weights", type=number(float, 0, 1, words=_OFF))
-    max_grad_norm: float | None = option(None, "clip the gradient's norm to this", type=number(float, 0, words=_OFF))
+    max_grad_norm: float | None = option(
+        None, "clip the gradient's norm to this, if over 0", type=number(float, 0, words=_OFF)
+    )
     gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", type=POSITIVE)
     augment: bool = option(False, "distort whole batches at random, as --augmentation says", action=SWITCH)
     augmentation: str = option("affine", "which distortions --augment draws", choices=AUGMENTATION_NAMES)
@@ -128,6 +130,9 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     parser.set_defaults(**RECIPES[parser.parse_args(arguments).recipe])
     options = vars(parser.parse_args(arguments))
     del options["config"]
+    for name, value in options.items():
+        if isinstance(value, str) and value != value.encode(errors="ignore").decode():
+            raise UserError(f"--{name.replace('_', '-')} {value!r} is not in UTF-8: give another name")
     return TrainConfig(**options)
 
 

@@ -21,7 +21,7 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
     """
     import datasets
 
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are told below
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
@@ -37,8 +37,10 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
     except UserError:
         raise
     except Exception as error:
-        problem = f"{name} cannot be read as a data set of images (NAME:CONFIG chooses one of several)"
-        raise UserError(f"{problem}: {reason(error)}") from error
+        raise UserError(
+            f"{name} cannot be read as a data set of images (NAME:CONFIG chooses one of several, `git lfs pull` gets "
+            f"the files of a clone): {reason(error)}"
+        ) from error
     return check_data(train, held_out, class_names, name if test == "test" else f"{name} (tested on validation)")
 
 

@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ def build_accelerator(
                 "with --multi_gpu, or run `accelerate config` without it"
             )
     trackers = None if report_to == "none" else report_to
+    warnings.filterwarnings("ignore", message="`log_with=.* was passed but no supported trackers")  # refused below
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -59,8 +61,8 @@ def build_accelerator(
         raise UserError(f"Accelerate cannot start so: {error}") from error
     if trackers and not accelerator.log_with:
         raise UserError(f"--report-to {trackers}: its package is not installed; install it, or use --report-to none")
-    asked_for = int(os.environ.get("WORLD_SIZE") or 1)
-    if asked_for != accelerator.num_processes:
+    asked_for = os.environ.get("WORLD_SIZE") or "1"
+    if asked_for != str(accelerator.num_processes):
         raise UserError(
             f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would "
             "train alone and overwrite the others; on CPU set ACCELERATE_USE_CPU=true in the launcher's environment"
@@ -146,6 +148,8 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         failure = error
     failures = gather_object([str(failure) if failure else ""])
     message = next((text for text in failures if text), None)
+    if isinstance(failure, BrokenPipeError):  # who read our output has gone: no mistake
+        raise failure
     if message is not None:
         raise UserError(message) from failure
 

@@ -272,8 +272,10 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
         weights = load_file(folder / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS_NAME} cannot be read as safetensors: {error}") from error
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    if {k: tuple(v.shape) for k, v in weights.items()} != expected:
+    found, expected = (
+        {k: (v.shape, v.is_floating_point()) for k, v in w.items()} for w in (weights, model.state_dict())
+    )
+    if found != expected:
         raise UserError(f"{folder / WEIGHTS_NAME} does not hold the weights of {model.name}")
     if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
         raise UserError(f"{folder / WEIGHTS_NAME} holds weights that are not finite numbers")

@@ -22,7 +22,7 @@ from mnist_accel import figures
 from mnist_accel.checkpoint import complete_checkpoints, read_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import PROVENANCE, TrainConfig, differing_options
-from mnist_accel.data import ImageData, Split
+from mnist_accel.data import ImageData, Split, hub_dataset
 from mnist_accel.distributed import describe_device
 from mnist_accel.evaluation import Evaluation
 from mnist_accel.model_card import model_card
@@ -107,7 +107,8 @@ class RunFolder:
         if (checkpoint is None or elsewhere) and any((self.path / name).exists() for name in OWN_NAMES):
             begun = self._started_with()
             same = config.resume == "auto" or (elsewhere and begun.get("options", {}).get("resume") == config.resume)
-            if not same or (self.path / "final").exists():
+            unknown = not begun and (self.path / "best").exists()  # somebody's weights, without the rest of the run
+            if not same or unknown or (self.path / "final").exists():
                 raise UserError(
                     f"{self.path} already holds a run: choose another --output-dir, or continue with --resume auto"
                 )
@@ -141,6 +142,9 @@ class RunFolder:
     def write_config(self, config: TrainConfig, data: ImageData, accelerator: Accelerator) -> None:
         """`config.yaml`: every option as used, and under `provenance` what else it takes to repeat the run."""
         content = config.options() | {"output_dir": str(self.path)}
+        content["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps  # the launcher's count first
+        if config.dataset != "digits" and hub_dataset(config.dataset) is None:  # the run may be repeated from elsewhere
+            content["dataset"] = os.path.abspath(os.path.expanduser(config.dataset))
         content[PROVENANCE] = {
             "command": shlex.join(sys.argv),
             "dataset_source": data.source,

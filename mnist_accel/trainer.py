@@ -122,7 +122,7 @@ class Trainer:
                                     # A sum once not finite stays so: it tells of every step since the last check.
                                     loss_sum, stop_signal = agree(accelerator, self.loss_sum, signals.received)
                                     self._refuse_non_finite(loss_sum, rate)
-                                if config.max_grad_norm is not None:
+                                if config.max_grad_norm:
                                     accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
                             self.optimizer.step()
                             self.optimizer.zero_grad(set_to_none=not accumulates)

@@ -19,6 +19,11 @@ def test_the_defaults_are_the_original_workflow():
     )
 
 
+def test_a_name_that_no_file_can_record_is_refused():
+    with pytest.raises(UserError, match=r"--output-dir 'runs/\\udcff' is not in UTF-8"):
+        parse_config(["--output-dir", "runs/\udcff"])
+
+
 @pytest.mark.parametrize(("given", "hint"), [
     (["--mixed_precision", "bf16"], "stands before the script: accelerate launch --mixed_precision ..."),
     (["--num-processes=2"], "stands before the script: accelerate launch --num_processes ..."),

@@ -340,6 +340,35 @@ run_script(main)
 """
 
 
+DRAWS = """
+from mnist_accel.cli import run_script
+def main():
+    import matplotlib
+    print(matplotlib.get_backend())
+run_script(main)
+"""
+
+
+def test_a_notebook_s_drawing_backend_is_not_asked_for():
+    environment = surroundings(ROOT, MPLBACKEND="module://not_installed_here")
+    command = [sys.executable, "-c", DRAWS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "agg\n", "")
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_reader_that_leaves_ends_training_quietly(small_dataset, tmp_path, together):
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--dataset", str(small_dataset), "--log-every", "1"]
+    command += ["--output-dir", str(tmp_path / "run"), "--report-to", "none"]
+    errors = subprocess.STDOUT if together else subprocess.PIPE
+    environment = surroundings(ROOT, OMP_NUM_THREADS="1")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as training:
+        training.stdout.readline()
+        training.stdout.close()
+        assert training.wait(60) == 141
+        assert together or training.stderr.read() == ""
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_script_runs_where_its_outputs_are_closed(closed):
     command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, SPEAKS]
@@ -354,4 +383,4 @@ def test_an_output_on_a_full_disk_is_one_line_and_status_2():
         command = [sys.executable, "-c", SPEAKS]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     (line,) = result.stderr.replace("remarked\n", "").splitlines()
-    assert result.returncode == 2 and line.startswith("error: cannot write: No space left on device")
+    assert result.returncode == 2 and line.startswith("error: cannot write the output: No space left on device")

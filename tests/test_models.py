@@ -177,7 +177,7 @@ def test_a_damaged_file_is_refused(folder, damage):
     refused(folder, "model.safetensors", "safetensors")
 
 
-@pytest.mark.parametrize("change", ["foreign", "missing", "additional", "shape"])
+@pytest.mark.parametrize("change", ["foreign", "missing", "additional", "shape", "kind"])
 def test_weights_of_another_network_are_refused(folder, change):
     weights = load_file(folder / "model.safetensors")
     if change == "foreign":
@@ -186,6 +186,8 @@ def test_weights_of_another_network_are_refused(folder, change):
         del weights["linear2.bias"]
     elif change == "additional":
         weights["linear3.bias"] = torch.zeros(3)
+    elif change == "kind":
+        weights["linear2.bias"] = weights["linear2.bias"].long()
     else:
         weights["linear2.bias"] = torch.zeros(11)
     save_file(weights, folder / "model.safetensors")

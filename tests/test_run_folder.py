@@ -67,6 +67,12 @@ def test_resume_auto_without_a_folder_says_that_it_starts_afresh(tmp_path, monke
     assert "finds nothing without --output-dir" in capsys.readouterr().out
 
 
+def test_weights_without_the_rest_of_their_run_are_not_written_over(tmp_path):
+    (tmp_path / "best").mkdir()
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder(tmp_path).open(CONFIG, "data", 100)
+
+
 def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
     content = dict.fromkeys(CONTENT) | {"options": {}, "fingerprint": "data", "state": {"step": 100}}
     folder = RunFolder(tmp_path)

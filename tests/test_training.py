@@ -227,6 +227,22 @@ def test_the_config_that_a_run_leaves_repeats_it_bit_for_bit(small_dataset, tmp_
     assert timeless(first) == timeless(tmp_path / "second")
 
 
+def test_the_config_names_the_launcher_s_micro_batches_and_finds_the_data_from_anywhere(
+    small_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(small_dataset.parent)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    folder = run(small_dataset.name, tmp_path / "run", "--max-steps", "1")
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (content["gradient_accumulation_steps"], content["dataset"]) == (4, str(small_dataset))
+
+
+def test_a_gradient_norm_of_zero_clips_nothing(small_dataset, tmp_path):
+    plain, zero = (run(small_dataset, tmp_path / name, "--max-steps", "2", *o) for name, o in
+                   (("plain", []), ("zero", ["--max-grad-norm", "0"])))  # fmt: skip
+    assert same_weights(weights(plain), weights(zero))
+
+
 def test_another_seed_is_another_run(small_dataset, tmp_path):
     first, second = (run(small_dataset, tmp_path / seed, "--max-steps", "2", "--seed", seed) for seed in "01")
     assert not same_weights(weights(first), weights(second))
