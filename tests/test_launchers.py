@@ -349,8 +349,8 @@ run_script(main)
 """
 
 
-def test_a_notebook_s_drawing_backend_is_not_asked_for():
-    environment = surroundings(ROOT, MPLBACKEND="module://not_installed_here")
+def test_a_notebook_s_drawing_backend_is_not_asked_for(tmp_path):
+    environment = surroundings(tmp_path, MPLBACKEND="module://not_installed_here")
     command = [sys.executable, "-c", DRAWS]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (0, "agg\n", "")
@@ -361,7 +361,7 @@ def test_a_reader_that_leaves_ends_training_quietly(small_dataset, tmp_path, tog
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--dataset", str(small_dataset), "--log-every", "1"]
     command += ["--output-dir", str(tmp_path / "run"), "--report-to", "none"]
     errors = subprocess.STDOUT if together else subprocess.PIPE
-    environment = surroundings(ROOT, OMP_NUM_THREADS="1")
+    environment = surroundings(tmp_path, OMP_NUM_THREADS="1")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as training:
         training.stdout.readline()
         training.stdout.close()
