@@ -133,6 +133,13 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         status = 130
     except UserError as error:
         status = _report(str(error))
+    except RuntimeError as error:
+        # torch's OutOfMemoryError, which is not imported here; a CPU's allocator has none of its own.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        of = f" for {asked[1]} more" if asked else ""
+        status = _report(f"out of memory{of}: train with a smaller --batch-size, or --auto-batch-size", anyone=True)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             status = _report(f"{error.strerror}: {error.filename}; give a shorter one")
@@ -155,8 +162,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     _end_process(status)
 
 
-def _report(message: str) -> int:
-    if is_first_rank():
+def _report(message: str, anyone: bool = False) -> int:
+    if anyone or is_first_rank():
         print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2
 

@@ -121,7 +121,7 @@ class Trainer:
                                 if (state.step + 1) % self.check_interval == 0:
                                     # A sum once not finite stays so: it tells of every step since the last check.
                                     loss_sum, stop_signal = agree(accelerator, self.loss_sum, signals.received)
-                                    self._refuse_non_finite(loss_sum, rate)
+                                    self._refuse_non_finite(loss_sum, rate, state.step + 1)
                                 if config.max_grad_norm:
                                     accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
                             self.optimizer.step()
@@ -146,14 +146,14 @@ class Trainer:
 
     # Parts of the loop
 
-    def _refuse_non_finite(self, loss_sum: float, rate: float) -> None:
+    def _refuse_non_finite(self, loss_sum: float, rate: float, step: int) -> None:
         if math.isfinite(loss_sum):
             return
         with together(self.accelerator):
             saved = max(complete_checkpoints(self.folder.checkpoints), default=None)
             since = f"within the {self.check_interval} steps up to " if self.check_interval > 1 else "at "
             raise UserError(
-                f"the loss is not finite {since}step {self.state.step + 1}, at learning rate {rate:g}; last good "
+                f"the loss is not finite {since}step {step}, at learning rate {rate:g}; last good "
                 f"checkpoint: {saved or 'none'}; start anew with a lower --learning-rate or --max-grad-norm 1"
             )
 
@@ -183,7 +183,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         self.state.loss_sum = self._total_loss()
         finite = all(bool(weights.isfinite().all()) for weights in self.network.parameters())
-        self._refuse_non_finite(self.state.loss_sum if finite else math.nan, self._rate())
+        self._refuse_non_finite(self.state.loss_sum if finite else math.nan, self._rate(), self.state.step)
         self._clock()
         with together(self.accelerator):
             if self.is_main:
@@ -206,7 +206,7 @@ class Trainer:
         epoch, unfinished = -(-state.step // self.loader.steps_per_epoch), state.step % self.loader.steps_per_epoch > 0
         train_loss = self._total_loss() / done
         seconds = self._clock()
-        self._refuse_non_finite(train_loss, self._rate())
+        self._refuse_non_finite(train_loss, self._rate(), state.step)
         result = self._evaluate()
         is_best = state.record_epoch(
             {

@@ -286,7 +286,7 @@ def test_folders_without_images_and_names_of_nothing_are_refused(tmp_path: Path)
         (str(text), "cannot be read as a data set"),
         (str(table), "has 0 image"),
         (str(tmp_path / "missing"), "no folder"),
-        (str(table / "train.csv"), "no folder"),
+        (str(table / "train.csv"), "is a file: give the folder"),
         ("./missing", "no folder"),
         ("~nobody/missing", "no folder"),
         ("", "no folder"),

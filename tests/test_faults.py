@@ -115,7 +115,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(small_dataset, tmp_path):
     diverging = ["--optimizer", "sgd", "--learning-rate", "1e300", "--checkpoint-every", "1"]
     statuses, output = run(small_dataset, tmp_path, *diverging)
     assert statuses == [2]
-    assert_one_error_line(output, "not finite", "checkpoint: none")
+    assert_one_error_line(output, "not finite at step 1,", "checkpoint: none")
     assert not list(tmp_path.glob("run/checkpoints/step_*"))
 
 

@@ -419,6 +419,20 @@ def test_ctrl_c_ends_a_script_quietly():
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
+def test_running_out_of_memory_is_one_line_on_any_rank():
+    program = "import torch\nfrom mnist_accel.cli import run_script\nrun_script(lambda: torch.empty(10**15))"
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        env=os.environ | {"RANK": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2 and ended.stderr.startswith("error: out of memory for 4000000000000000 bytes more: ")
+    assert ended.stderr.count("\n") == 1 and "--auto-batch-size" in ended.stderr
+
+
 def test_a_name_that_is_too_long_is_one_line():
     program = "from pathlib import Path\nfrom mnist_accel.cli import run_script\nrun_script(Path(300 * 'x').stat)"
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
