@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -19,11 +19,13 @@ MODEL_HELP = (
     "a run's folder, a weights folder, a Hub id, or 'shipped' for the weights in the package (default: the newest "
     "runs/*/best, runs on digits aside, else 'shipped')"
 )
+DATASET_HELP = "a Hub id, a local folder, or digits (default: what the model was trained on)"
 
 # Of `accelerate launch`; users give them to the script.
 LAUNCHER_OPTIONS = {"--config-file", "--cpu", "--dynamo-backend", "--dynamo-mode", "--gpu-ids", "--machine-rank"}
 LAUNCHER_OPTIONS |= {"--main-process-ip", "--main-process-port", "--mixed-precision", "--multi-gpu", "--num-machines"}
 LAUNCHER_OPTIONS |= {"--num-cpu-threads-per-process", "--num-processes"}
+OTHER_NAMES = {"--lr": "--learning-rate", "--bs": "--batch-size", "--num-epochs": "--epochs", "--data": "--dataset"}
 
 
 class UserError(ValueError):
@@ -88,9 +90,17 @@ class CommandLine(argparse.ArgumentParser):
             if option in LAUNCHER_OPTIONS:
                 own = option.replace("-", "_").replace("__", "--", 1)
                 way_on = f"it is the launcher's and stands before the script: accelerate launch {own} ... {sys.argv[0]}"
-            elif similar := difflib.get_close_matches(option, self._option_string_actions, 1):
-                way_on = f"did you mean {similar[0]}? Else {way_on}"
+            elif similar := _similar(option, self._option_string_actions):
+                way_on = f"did you mean {similar}? Else {way_on}"
         raise UserError(f"{message}; {way_on}")
+
+
+def _similar(option: str, known: Iterable[str]) -> str | None:
+    """The option of which this one is another name, the beginning or a misspelling."""
+    if option in OTHER_NAMES:
+        option = OTHER_NAMES[option]
+    beginning = [name for name in known if name.startswith(option)]
+    return next(iter(beginning or difflib.get_close_matches(option, known, 1, cutoff=0.7)), None)
 
 
 @contextmanager
@@ -134,12 +144,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         status = _report(str(error))
     except RuntimeError as error:
-        # torch's OutOfMemoryError, which is not imported here; a CPU's allocator has none of its own.
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
-            raise
-        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
-        of = f" for {asked[1]} more" if asked else ""
-        status = _report(f"out of memory{of}: train with a smaller --batch-size, or --auto-batch-size", anyone=True)
+        status = _report(_known_cause(error), anyone=True)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             status = _report(f"{error.strerror}: {error.filename}; give a shorter one")
@@ -160,6 +165,21 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     if status == 0 and distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
     _end_process(status)
+
+
+def _known_cause(error: RuntimeError) -> str:
+    """What the user can do about an error of torch's that is none of the program; raises any other error."""
+    name, text = type(error).__name__, str(error)  # torch is not imported here
+    if name == "OutOfMemoryError" or "can't allocate memory" in text:
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", text)
+        of = f" for {asked[1]} more" if asked else ""
+        return f"out of memory{of}: train with a smaller --batch-size, or --auto-batch-size"
+    if name.startswith("Dist") or "gloo" in text:
+        return (
+            f"another process failed or died, or cannot be reached ({text.splitlines()[0][:200]}): start again; a "
+            "training goes on from its last checkpoint with --resume auto"
+        )
+    raise error
 
 
 def _report(message: str, anyone: bool = False) -> int:

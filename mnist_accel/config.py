@@ -103,6 +103,11 @@ class TrainConfig:
         False, "when memory runs out, halve the micro-batch and double accumulation", action=SWITCH
     )
 
+    def __post_init__(self) -> None:
+        for name, value in self.options().items():
+            if isinstance(value, Path):  # from Python; what is recorded of a run is text
+                object.__setattr__(self, name, str(value))
+
     def options(self) -> dict[str, Any]:
         """Option names to values, in the order above."""
         return dataclasses.asdict(self)
@@ -124,7 +129,9 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
         try:
             from_file = _file_arguments(Path(path))
             parser.parse_args(from_file)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, UserError) as error:
+        except OSError as error:
+            raise UserError(f"--config {path}: {error.strerror}; give a file of lines 'option: value'") from error
+        except (UnicodeDecodeError, yaml.YAMLError, UserError) as error:
             raise UserError(f"--config {path}: {error}") from error
         arguments = from_file + arguments
     parser.set_defaults(**RECIPES[parser.parse_args(arguments).recipe])

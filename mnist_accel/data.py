@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from mnist_accel.cli import UserError, is_first_rank
 
 SIZE = 28
-CACHE_VERSION = 1  # part of every key: raise it when the same source would decode to other tensors
+CACHE_VERSION = 2  # part of every key: raise it when the same source would decode to other tensors
 SPLITS, KINDS = ("train", "test"), ("images", "labels")
 EMBEDDED = Path(__file__).parent / "assets" / "digits.npz"
 
@@ -45,13 +45,17 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set in memory; `fingerprint` is a hash of what it holds, `source` says in words where it came from."""
+    """A data set in memory; `fingerprint` is a hash of what it holds, `source` says in words where it came from.
+
+    `inverted` where its files are dark on light: `images` are their negatives.
+    """
 
     train: Split
     test: Split
     class_names: list[str]
     fingerprint: str
     source: str
+    inverted: bool
 
 
 def load_data(name: str) -> ImageData:
@@ -115,14 +119,15 @@ def check_data(train: Split, test: Split, class_names: list[str], source: str) -
         )
     border = torch.ones(SIZE, SIZE, dtype=torch.bool)
     border[1:-1, 1:-1] = False
-    if train.images[:1000, border].float().mean() > 127.5:
+    inverted = bool(train.images[:1000, border].float().mean() > 127.5)
+    if inverted:
         source += " (dark on light, inverted)"
         train, test = (Split(255 - split.images, split.labels) for split in (train, test))
     digest = hashlib.sha256(json.dumps(class_names).encode())
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest.update(json.dumps(list(tensor.shape)).encode())
         digest.update(tensor.contiguous().numpy().data)
-    return ImageData(train, test, class_names, digest.hexdigest(), source)
+    return ImageData(train, test, class_names, digest.hexdigest(), source, inverted)
 
 
 def _embedded_digits() -> ImageData:
@@ -202,7 +207,7 @@ def scale_image(image: Any, where: str) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{where} has pixels of more than 8 bits (mode {image.mode}): save it with 8 bits a channel")
     if image.width != image.height:
-        raise UserError(f"{where} is {image.width}x{image.height}: only square images can be scaled to {SIZE}x{SIZE}")
+        raise UserError(f"{where} is {image.width}x{image.height}: crop or pad it to a square")
     if image.has_transparency_data:  # laid over paper that what is visible stands out from
         grey, visible = (np.asarray(band, np.float32) for band in image.convert("LA").split())
         paper = 0 if (grey * visible).sum() > 127 * visible.sum() else 255
@@ -235,6 +240,7 @@ def _write_cache(file: Path, name: str, data: ImageData) -> None:
     tensors = {f"{split}_{kind}": tensor for split in SPLITS for kind, tensor in vars(getattr(data, split)).items()}
     remarks = data.source.removeprefix(name)
     facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "remarks": remarks}
+    facts["inverted"] = json.dumps(data.inverted)
     unfinished = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -254,8 +260,7 @@ def _read_cache(file: Path, name: str) -> ImageData | None:
         with safe_open(file, "pt") as archive:
             facts = archive.metadata()
             train, test = (Split(*(archive.get_tensor(f"{split}_{kind}") for kind in KINDS)) for split in SPLITS)
-        return ImageData(
-            train, test, json.loads(facts["class_names"]), facts["fingerprint"], source=name + facts["remarks"]
-        )
+        class_names, inverted = (json.loads(facts[key]) for key in ("class_names", "inverted"))
+        return ImageData(train, test, class_names, facts["fingerprint"], name + facts["remarks"], inverted)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

@@ -30,7 +30,10 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
             splits = datasets.load_dataset(str(folder), config or None, streaming=True, cache_dir=locks)
             test = "test" if "test" in splits else "validation"
             if "train" not in splits or test not in splits:
-                raise UserError(f"{name} has the splits {', '.join(splits)}, but 'train' and 'test' are needed")
+                raise UserError(
+                    f"{name} has the splits {', '.join(splits)}, but 'train' and 'test' are needed: of your own "
+                    "images, make folders train/CLASS/ and test/CLASS/"
+                )
             image, label, class_names = _columns(splits["train"].features or {}, name)
             raw = splits.cast_column(image, datasets.Image(decode=False))
             train, held_out = (_read_split(raw[s], f"{name}'s {s} split", image, label) for s in ("train", test))
@@ -54,9 +57,10 @@ def _columns(features: dict[str, Any], name: str) -> tuple[str, str, list[str]]:
     if "label" in label:
         label = ["label"]
     if len(image) != 1 or len(label) != 1:
+        found = ", ".join(f"{column}: {getattr(f, 'dtype', type(f).__name__)}" for column, f in features.items())
         raise UserError(
-            f"{name} has {len(image)} image and {len(label)} label columns (of {', '.join(features) or 'none'}): "
-            "give a data set with one image and one class label in a row"
+            f"{name} has {len(image)} columns of images and {len(label)} of class labels ({found or 'unknown'}): "
+            "give one of each; parquet files say that a column is one where `datasets` wrote them"
         )
     return image[0], label[0], list(getattr(features[label[0]], "names", None) or [])
 

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import re
 import signal
 import sys
 import warnings
@@ -67,6 +68,13 @@ def build_accelerator(
             f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would "
             "train alone and overwrite the others; on CPU set ACCELERATE_USE_CPU=true in the launcher's environment"
         )
+    wanted = re.search(r" --num[_-]processes[= ](\d+) ", " ".join(_launcher()[0]))
+    if asked_for == "1" and wanted and int(wanted[1]) > 1:
+        print(
+            f"warning: of {wanted[1]} processes the launcher started one; on a CPU two take `ACCELERATE_USE_CPU=true "
+            "accelerate launch --multi_gpu --num_processes 2`",
+            file=sys.stderr,
+        )
     device, precision = accelerator.device.type, accelerator.mixed_precision
     supported = ["no", "bf16"] if device == "cpu" else ["no", "bf16", "fp16"]
     if precision not in supported:
@@ -93,17 +101,23 @@ def use_all_cores() -> None:
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _one_thread_was_chosen() -> bool:
+def _launcher() -> tuple[list[str], set[str]]:
+    """The command of the launcher that started this process, and the names in its environment; empty without one."""
     try:
-        launcher = psutil.Process().parent()
-        command = launcher.cmdline() if launcher else []
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent else []
         names = {part.rsplit("/", 1)[-1].split(".")[0] for part in command[:4]}
-        if not names & {"accelerate", "accelerate-launch", "torchrun"} and "torch.distributed.run" not in command:
-            return True  # no launcher stands between the user and this process
-        option = any(part.replace("-", "_").startswith("__num_cpu_threads_per_process") for part in command)
-        return option or "OMP_NUM_THREADS" in launcher.environ()
+        if names & {"accelerate", "accelerate-launch", "torchrun"} or "torch.distributed.run" in command:
+            return command, set(parent.environ())
     except (psutil.Error, OSError):
-        return False
+        return ["unknown"], set()
+    return [], set()
+
+
+def _one_thread_was_chosen() -> bool:
+    command, environment = _launcher()
+    option = any(part.replace("-", "_").startswith("__num_cpu_threads_per_process") for part in command)
+    return not command or option or "OMP_NUM_THREADS" in environment
 
 
 def keep_freed_memory() -> None:

@@ -153,15 +153,15 @@ def _measure(logits: list[Tensor], models: list[DigitClassifier], labels: Tensor
     )
 
 
-def load_for_evaluation(models: list[str] | None, dataset: str) -> tuple[dict[str, DigitClassifier], ImageData]:
-    """Models by name (without names the default one), and the data set to use them on.
+def load_for_evaluation(models: list[str] | None, dataset: str | None) -> tuple[dict[str, DigitClassifier], ImageData]:
+    """Models by name (without names the default one), and the data set to use them on: by default the first one's own.
 
     Raises:
         UserError: either cannot be loaded, or a model has another number of classes than the data set.
     """
     use_all_cores()
-    data = load_data(dataset)
     loaded = {name: load_model(name) for name in models or [str(default_model())]}
+    data = load_data(dataset or next(iter(loaded.values())).dataset or "ylecun/mnist")
     for path, model in loaded.items():
         own, given = (f"{len(names)} classes ({', '.join(names)})" for names in (model.class_names, data.class_names))
         if len(model.class_names) != len(data.class_names):

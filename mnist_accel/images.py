@@ -134,7 +134,8 @@ def resized(pixels: np.ndarray) -> np.ndarray:
     """(28, 28) uint8: the whole image, made grey and squeezed to the network's size, and nothing else."""
     values = _over_paper(pixels)
     grey = values[..., 0] if values.shape[2] == 1 else cv2.cvtColor(values, cv2.COLOR_RGB2GRAY)
-    return _as_bytes(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA))
+    enlarged = min(grey.shape) < SIDE  # as training data is
+    return _as_bytes(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC if enlarged else cv2.INTER_AREA))
 
 
 def _as_bytes(values: np.ndarray) -> np.ndarray:

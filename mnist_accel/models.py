@@ -31,10 +31,16 @@ MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
 
 
 class DigitClassifier(nn.Module):
-    """What all networks share: a name, the classes, and how confidences follow from logits (`metrics.confidences`)."""
+    """What all networks share: a name, the classes, and how confidences follow from logits (`metrics.confidences`).
+
+    `dataset` is what it was trained on, as `--dataset` names it, if that is known, and `inverted` whether the files of
+    that are dark on light, so that it saw their negatives.
+    """
 
     name: str
     class_names: list[str]
+    dataset: str | None
+    inverted: bool
     dropout: "Dropout"
     temperature: float
     no_digit_level: float
@@ -219,6 +225,7 @@ def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5
     model = MODELS[name](len(class_names), dropout)
     model.name, model.class_names = name, list(class_names)
     model.temperature, model.no_digit_level = 1.0, -math.inf
+    model.dataset, model.inverted = None, False
     return model
 
 
@@ -237,6 +244,7 @@ def model_files(model: DigitClassifier, /, **facts: Any) -> dict[str, bytes]:
         "model": model.name,
         "class_names": model.class_names,
         "input": {"shape": ["N", 1, 28, 28], "range": [0.0, 1.0], "ink": "white on black"},
+        "inverted": model.inverted,
         "parameters": count_parameters(model),
         "temperature": model.temperature,
         "no_digit_level": model.no_digit_level if math.isfinite(model.no_digit_level) else None,
@@ -268,6 +276,7 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
     model = build_model(config["model"], config["class_names"])
     model.temperature, level = float(config.get("temperature", 1.0)), config.get("no_digit_level")
     model.no_digit_level = -math.inf if level is None else float(level)
+    model.dataset, model.inverted = config.get("dataset"), bool(config.get("inverted"))
     try:
         weights = load_file(folder / WEIGHTS_NAME)
     except (SafetensorError, OSError) as error:

@@ -94,7 +94,7 @@ def predict_folder(
                     f"--labels {labels}: none of {len(paths)} images {wanted} one of {', '.join(classes)}: rename "
                     "them, or leave --labels out"
                 )
-        mine = predict(network.to(accelerator.device), files, pool, accelerator.device)
+        mine = predict(network.to(accelerator.device), files, pool, accelerator.device, as_is and network.inverted)
         batches = gathered(mine, -(-len(paths) // BATCH_SIZE), accelerator.num_processes)
         if not accelerator.is_main_process:
             return sum(row.error is not None for batch in batches for row in batch)
@@ -102,7 +102,7 @@ def predict_folder(
         out = sys.stderr if output == "-" else sys.stdout
         found = "shipped with mnist_accel" if source == SHIPPED else f"{source}, the newest run here"
         print(
-            f"model: {model or found} ({network.name}) on {accelerator.device}; {len(paths)} images",
+            f"{_described(model or found, network, as_is)} on {accelerator.device}; {len(paths)} images",
             file=out,
             flush=True,
         )
@@ -117,6 +117,16 @@ def predict_folder(
         cut = f" (the first {PICTURES} of {len(paths)} files)" if len(paths) > PICTURES else ""
         print(f"contact sheet: {sheet}{cut}", file=out)
     return summary.unreadable
+
+
+def _described(model: str, network: "DigitClassifier", as_is: bool) -> str:
+    """The model as a user should see it: that it tells digits apart is not worth a word, what may surprise is."""
+    names, facts = network.class_names, [network.name]
+    if not all(name.isdecimal() and len(name) == 1 for name in names):
+        facts.append(f"of {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    if network.inverted and not as_is:
+        facts.append("trained on dark-on-light files as they were: --as-is reads these so")
+    return f"model: {model} ({'; '.join(facts)})"
 
 
 def default_model() -> Path:
@@ -139,11 +149,16 @@ def default_model() -> Path:
 
 
 def predict(
-    model: "DigitClassifier", files: Iterable[Seen], pool: ThreadPoolExecutor, device: "torch.device | str" = "cpu"
+    model: "DigitClassifier",
+    files: Iterable[Seen],
+    pool: ThreadPoolExecutor,
+    device: "torch.device | str" = "cpu",
+    invert: bool = False,
 ) -> Iterator[list[Seen]]:
     """Rows for the files, in their order, in lists of BATCH_SIZE; the model is in eval mode and on the device.
 
-    Each thread of the pool runs the network on one core: kernels round differently on different numbers of them.
+    With `invert` the model sees, and the rows hold, the digits' negatives. Each thread of the pool runs the network on
+    one core: kernels round differently on different numbers of them.
     """
     import torch
 
@@ -152,6 +167,8 @@ def predict(
 
     def classify(part: list[Seen]) -> list[Seen]:
         torch.set_num_threads(1)  # holds for this thread
+        if invert:
+            part = [file if file.digit is None else file._replace(digit=255 - file.digit) for file in part]
         images = np.zeros((BATCH_SIZE, 1, 28, 28), np.uint8)
         for image, file in zip(images, part, strict=False):
             if file.digit is not None:
@@ -172,20 +189,11 @@ def predict(
 
 
 def gathered(batches: Iterator[list[Seen]], count: int, world: int) -> Iterator[list[Seen]]:
-    """The lists of all processes in their global order, on every process, `count` in all.
-
-    Raises:
-        UserError: another process failed or died; it ended, which its partners in an exchange notice.
-    """
+    """The lists of all processes in their global order, on every process, `count` in all."""
     from accelerate.utils import gather_object
 
     for _ in range(-(-count // world)):
-        mine = next(batches, [])
-        try:
-            everyone = gather_object([mine])
-        except RuntimeError as error:
-            raise UserError("another process failed or died, so there is no complete answer: start again") from error
-        yield from filter(None, everyone)
+        yield from filter(None, gather_object([next(batches, [])]))
 
 
 def write_rows(rows: Iterable[Seen], output: str, class_names: list[str], probabilities: bool) -> None:

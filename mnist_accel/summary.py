@@ -54,7 +54,7 @@ class Summary:
             unread = self.counts[:-1, -1].sum()
             rest = f", {unlabelled} without a label" if unlabelled else ""
             rest += f", {unread} with a label could not be read" if unread and known else ""
-            lines += [f"Accuracy: {share}{rest}", "Confusion matrix (rows: label, columns: prediction)"]
+            lines += [f"Accuracy: {share}{rest}", "Confusion matrix (rows: true, columns: predicted)"]
             width = max(5, 1 + max(map(len, [*self.class_names, str(confusion.max())])))
             for name, cells in zip(["", *self.class_names], [self.class_names, *confusion], strict=True):
                 lines.append(name.rjust(width) + "".join(str(cell or ".").rjust(width) for cell in cells))

@@ -65,6 +65,7 @@ class Trainer:
         # channels_last is the layout in which CPUs and tensor cores convolve without reordering.
         self.network = build_model(config.model, self.data.class_names, config.dropout).to(device)
         self.network.to(memory_format=torch.channels_last)
+        self.network.inverted = self.data.inverted
         self.loader = self._build_loader(train_split)
         self.average = None if config.ema_decay is None else WeightAverage(self.network, config.ema_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config))
@@ -282,7 +283,7 @@ class Trainer:
 
     def _finish(self) -> int:
         """Leave `final/`, the last row of metrics.jsonl and the figures."""
-        state, test = self.state, self.data.test
+        state, test, config, patience = self.state, self.data.test, self.config, self.config.early_stopping_patience
         if not state.history or state.history[-1]["step"] != state.step:
             self._end_epoch()  # --max-steps ended within an epoch
         result = self.evaluation or self._evaluate()  # of the last step; an ended run that is resumed has none yet
@@ -303,8 +304,8 @@ class Trainer:
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
                 self.reporter.log_row(final)
-        if state.out_of_patience(self.config.early_stopping_patience):
-            self.reporter.say(f"Stopped early: {state.epochs_without_improvement} epochs without anything better")
+        if state.out_of_patience(patience):
+            self.reporter.say(f"Stopped early: no better {config.early_stopping_metric} in {patience} epochs")
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
         self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
         with together(self.accelerator):

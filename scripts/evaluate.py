@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from mnist_accel.cli import MODEL_HELP, CommandLine, is_first_rank, run_script
+from mnist_accel.cli import DATASET_HELP, MODEL_HELP, CommandLine, is_first_rank, run_script
 
 
 def main() -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("--model", nargs="+", help=f"one, or several that are averaged as an ensemble: {MODEL_HELP}")
-    parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
+    parser.add_argument("--dataset", help=DATASET_HELP)
     parser.add_argument("--split", default="test", choices=["test", "train"], help="the images to measure on")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write every measure to this file")
     parser.add_argument("--mistakes", type=Path, metavar="FILE.png", help="draw the most confident mistakes")
@@ -42,7 +42,7 @@ def main() -> int:
     print(result.as_text())
 
     if options.output:
-        measures = {"models": described, "dataset": options.dataset, "fingerprint": data.fingerprint}
+        measures = {"models": described, "dataset": options.dataset or data.source, "fingerprint": data.fingerprint}
         measures |= {"split": options.split, **result.as_json()}
         with new_file(options.output) as temporary:
             temporary.write_text(json.dumps(measures, indent=2) + "\n")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from random import Random
 
-from mnist_accel.cli import COUNT, MODEL_HELP, CommandLine, is_first_rank, number, run_script
+from mnist_accel.cli import COUNT, DATASET_HELP, MODEL_HELP, CommandLine, is_first_rank, number, run_script
 
 MOST = 1000  # a picture of more is too large to look at
 
@@ -11,7 +11,7 @@ MOST = 1000  # a picture of more is too large to look at
 def main() -> int:
     parser = CommandLine(description=__doc__)
     parser.add_argument("--model", help=MODEL_HELP)
-    parser.add_argument("--dataset", default="ylecun/mnist", help="a Hub id, a local folder, or digits")
+    parser.add_argument("--dataset", help=DATASET_HELP)
     parser.add_argument("--num-samples", type=number(int, 1, MOST + 1), default=10, help=f"how many, at most {MOST}")
     parser.add_argument("--seed", type=COUNT, help="the same seed chooses the same images (default: others each time)")
     parser.add_argument("--output", type=Path, default=Path("random_samples_test.png"), help="the picture")

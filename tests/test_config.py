@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -28,12 +30,26 @@ def test_a_name_that_no_file_can_record_is_refused():
     (["--mixed_precision", "bf16"], "stands before the script: accelerate launch --mixed_precision ..."),
     (["--num-processes=2"], "stands before the script: accelerate launch --num_processes ..."),
     (["--learning_rat", "0.1"], "did you mean --learning-rate?"),
-    (["--colour", "red"], "see "),
+    (["--lr", "0.1"], "did you mean --learning-rate?"),
+    (["--out", "runs/a"], "did you mean --output-dir?"),
+    (["--colour", "red"], "; see "),
+    (["--device", "cpu"], "; see "),
 ])  # fmt: skip
 def test_an_option_that_is_not_there_is_told_with_the_way_on(given, hint):
     with pytest.raises(UserError, match="unrecognized arguments: ") as error:
         parse_config(given)
     assert hint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_given_from_python_is_recorded_as_text():
+    config = TrainConfig(dataset=Path("mnist"), output_dir=Path("runs/a"))
+    assert config == TrainConfig(dataset="mnist", output_dir="runs/a")
+    assert json.dumps(config.options())
+
+
+def test_a_file_that_is_not_there_is_told_once():
+    with pytest.raises(UserError, match=r"^--config nowhere\.yaml: No such file or directory; give a file"):
+        parse_config(["--config", "nowhere.yaml"])
 
 
 def test_hyphens_and_underscores_are_the_same():

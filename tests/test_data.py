@@ -201,7 +201,9 @@ def test_dark_ink_on_light_paper_is_inverted_in_both_splits_and_said_so(tmp_path
     loaded = load_data(str(dark))
     assert torch.equal(loaded.train.images, torch.from_numpy(train))
     assert torch.equal(loaded.test.images, torch.from_numpy(test))
-    assert "inverted" in loaded.source
+    from_cache = load_data(str(dark))
+    for each in (loaded, from_cache):
+        assert "inverted" in each.source and each.inverted
 
 
 def test_a_validation_split_stands_in_for_a_missing_test_split_and_is_said_so(tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def sixteen_bits(image: Image.Image) -> Image.Image:
         ({"labels": lambda i: None}, r"labels from -1"),
         ({"encode": broken_png}, r"image 0 of .*train split \(x.png\) is damaged"),
         ({"encode": lambda image: None}, r"image 0 of .*train split is empty"),
-        ({"encode": lambda image: image.resize((28, 20))}, r"is 28x20: only square images"),
+        ({"encode": lambda image: image.resize((28, 20))}, r"is 28x20: crop or pad it to a square"),
         ({"encode": sixteen_bits}, r"more than 8 bits"),
     ],
 )
@@ -263,7 +265,7 @@ def test_integer_labels_above_the_class_names_are_refused() -> None:
 @pytest.mark.parametrize(
     ("splits", "complaint"),
     [
-        ({"train": 3}, "has the splits train, but 'train' and 'test' are needed"),
+        ({"train": 3}, "has the splits train, but 'train' and 'test' are needed: of your own images, make folders"),
         ({"test": 3}, "has the splits test, but"),
         ({"train": 3, "test": 0}, "has no test images"),
     ],
@@ -284,7 +286,7 @@ def test_folders_without_images_and_names_of_nothing_are_refused(tmp_path: Path)
     for name, complaint in (
         (str(empty), "no data files"),
         (str(text), "cannot be read as a data set"),
-        (str(table), "has 0 image"),
+        (str(table), "has 0 columns of images and 0 of class labels"),
         (str(tmp_path / "missing"), "no folder"),
         (str(table / "train.csv"), "is a file: give the folder"),
         ("./missing", "no folder"),

@@ -162,6 +162,12 @@ def test_script_measures_the_newest_run_where_no_model_is_given(run_evaluate, tm
     assert str(Path("runs/today/best")) in run_evaluate("--dataset", "digits")
 
 
+def test_a_model_is_measured_on_its_own_data_set_where_none_is_given(tmp_path):
+    save_model(make_model(0), tmp_path, dataset="digits")
+    _, data = load_for_evaluation([str(tmp_path)], None)
+    assert data.source.startswith("the embedded digits")
+
+
 def test_script_measures_the_training_split_when_asked(run_evaluate, saved, tmp_path):
     output = tmp_path / "measures.json"
     run_evaluate("--model", saved[0], "--dataset", "digits", "--split", "train", "--output", output)

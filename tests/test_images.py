@@ -286,6 +286,19 @@ def test_a_bar_along_the_edge_of_a_close_crop_is_the_digits_own(digit):
     assert likeness(to_mnist(paint(crop)), reference(digit)) > 0.9
 
 
+@pytest.mark.parametrize("digit", [1, 4, 5, 7])
+def test_a_close_crop_of_a_narrow_digit_is_read_like_the_whole_picture(digit):
+    """Its strokes are broad in it: as broad as shadows are in other images."""
+    ink = cv2.resize(draw(digit, 400, 400, pen=0.1), (180, 400), interpolation=cv2.INTER_AREA)
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    crop = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    whole = to_mnist(paint(cv2.copyMakeBorder(crop, *4 * [200], cv2.BORDER_CONSTANT)))
+    for margin in (0, 4):
+        close = paint(cv2.copyMakeBorder(crop, *4 * [margin], cv2.BORDER_CONSTANT))
+        for pixels in (close, lamp(close)):
+            assert likeness(to_mnist(pixels), whole) > 0.9, margin
+
+
 @pytest.mark.parametrize("side", [1, 2, 16, 28, 41, 100, 700])
 def test_paper_without_ink_gives_zeros(side):
     random = np.random.default_rng(0)

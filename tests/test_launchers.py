@@ -257,6 +257,16 @@ def test_two_processes_that_do_not_see_each_other_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@needs_no_gpu
+def test_processes_that_the_launcher_left_out_are_missed(tmp_path):
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    for processes, warned in (("2", True), ("1", False)):
+        _, output = launch([*ACCELERATE, "--num_processes", processes, str(script)], tmp_path, PYTHONPATH=str(ROOT))
+        assert ("warning: of 2 processes the launcher started one" in output) == warned, output
+        assert "1 process," in output
+
+
 def test_sigterm_to_the_launcher_of_two_processes_saves_and_ends_all(tmp_path):
     run = tmp_path / "run"
     two = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]

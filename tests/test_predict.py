@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
+import cv2
 import numpy as np
 import psutil
 import pytest
@@ -22,8 +23,9 @@ from pyarrow import parquet
 from mnist_accel import image_files
 from mnist_accel import predict as predict_module
 from mnist_accel.cli import UserError
+from mnist_accel.data import scale_image
 from mnist_accel.image_files import Readers, Seen, find_images, in_order, readable
-from mnist_accel.images import read_digit
+from mnist_accel.images import read_digit, resized
 from mnist_accel.models import DIGITS, SHIPPED, build_model, load_model, save_model
 from mnist_accel.output import write_table
 from mnist_accel.predict import BATCH_SIZE, default_model, predict_folder
@@ -114,6 +116,45 @@ def many(tmp_path: Path) -> Path:
         Image.fromarray(random.integers(0, 256, (28, 28), dtype=np.uint8)).save(folder / f"{i}.png")
     (folder / "150.png").write_bytes(b"")
     return folder
+
+
+def test_as_is_inverts_what_training_inverted(tmp_path):
+    """A model of dark digits on light paper reads such files as it learned them, enlarged or not."""
+    dark, light = tmp_path / "dark", tmp_path / "light"
+    network = build_model("fast_net")
+    for folder, inverted in ((dark, True), (light, False)):
+        network.inverted = inverted
+        save_model(network, tmp_path / f"{folder.name} model")
+        folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    for index, side in enumerate((8, 28, 64)):
+        image = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_NEAREST)
+        Image.fromarray(255 - image).save(dark / f"{index}.png")
+        Image.fromarray(image).save(light / f"{index}.png")
+    rows = {
+        folder.name: run(
+            folder, tmp_path / f"{folder.name} model", tmp_path / "out.csv", as_is=True, probabilities=True
+        )
+        for folder in (dark, light)
+    }
+    assert len(rows["dark"]) == len(rows["light"]) == 3
+    for dark_row, light_row in zip(rows["dark"], rows["light"], strict=True):
+        for name in (f"p{digit}" for digit in DIGITS):  # a grey of one half is rounded up in both
+            assert abs(float(dark_row[name]) - float(light_row[name])) < 5e-4
+    for side in (14, 56):  # as the training data was brought to 28x28
+        drawn = (255 * draw(5, side, side)).astype(np.uint8)
+        learned = scale_image(Image.fromarray(drawn), "")
+        assert np.abs(resized(drawn).astype(int) - learned).max() < 25, side
+
+
+def test_a_model_of_other_things_than_digits_is_called_so(folder, tmp_path, capsys):
+    network = build_model("fast_net", ["cat", "dog"])
+    network.inverted = True
+    save_model(network, tmp_path / "pets")
+    run(folder, tmp_path / "pets", tmp_path / "out.csv")
+    assert "(fast_net; of cat, dog; trained on dark-on-light files as they were: --as-is" in capsys.readouterr().out
+    run(folder, tmp_path / "pets", tmp_path / "out.csv", as_is=True)
+    assert "(fast_net; of cat, dog)" in capsys.readouterr().out
 
 
 def test_threads_do_not_change_a_byte(many, model, tmp_path):

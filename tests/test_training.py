@@ -281,7 +281,7 @@ def test_early_stopping_ends_after_so_many_epochs_without_a_new_best(small_datas
     )
     *epochs, final = rows(folder)
     assert [row["epoch"] for row in epochs] == [1, 2, 3] and final["best_epoch"] == 1
-    assert "Stopped early: 2 epochs without anything better" in capsys.readouterr().out
+    assert "Stopped early: no better accuracy in 2 epochs" in capsys.readouterr().out
 
 
 def test_the_counter_of_early_stopping_survives_a_resume(small_dataset, tmp_path):

@@ -110,6 +110,7 @@ def test_a_host_that_dies_does_not_leave_the_other_hanging(hosts, tmp_path, dead
             process.send_signal(signal.SIGKILL)
         died = time.monotonic()
         assert jobs[1 - dead].wait(60) != 0, jobs[1 - dead].output
+        assert jobs[1 - dead].output.count("error: another process failed or died") == 1, jobs[1 - dead].output
         assert not psutil.wait_procs(survivors[1:], timeout=max(0, died + 60 - time.monotonic()))[1]
     finally:
         for job in jobs:
