@@ -32,6 +32,10 @@ class UserError(ValueError):
     """A mistake of the user's: its message is one line that says what is wrong and what to do."""
 
 
+class SharedError(UserError):
+    """One that all ranks raise: the first of them tells it."""
+
+
 def number(kind: type, low: float, below: float = math.inf, words: Any = ()) -> Callable[[str], Any]:
     """A parser for numbers from `low` to below `below`, and for `words`, a dict of those that stand for a value."""
 
@@ -130,11 +134,20 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def _speaks_for_its_machine() -> bool:
+    """Whether this is the first of its machine's processes: a mistake in one machine's command is told there."""
+    return os.environ.get("LOCAL_RANK") == "0"
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit with its status; a `UserError` becomes one line on rank 0 and status 2."""
+    """Run a script's `main` and exit with its status; a `UserError` becomes one line and status 2.
+
+    That line comes from rank 0; of what happened on one machine alone, from the first rank there.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     os.environ["MPLBACKEND"] = "agg"  # a notebook exports its own, which is not installed here; nothing is shown
     try:
         status = main() or 0
@@ -142,7 +155,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except UserError as error:
-        status = _report(str(error))
+        status = _report(str(error), anyone=_speaks_for_its_machine() and not isinstance(error, SharedError))
     except RuntimeError as error:
         status = _report(_known_cause(error), anyone=True)
     except OSError as error:

@@ -27,7 +27,8 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
     try:
         # Streaming reads the files where they are; `datasets` would copy them all into its own cache first.
         with tempfile.TemporaryDirectory() as locks:
-            splits = datasets.load_dataset(str(folder), config or None, streaming=True, cache_dir=locks)
+            own = None if config else _splits_of_classes(folder)
+            splits = datasets.load_dataset(str(folder), config or None, data_files=own, streaming=True, cache_dir=locks)
             test = "test" if "test" in splits else "validation"
             if "train" not in splits or test not in splits:
                 raise UserError(
@@ -45,6 +46,18 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
             f"the files of a clone): {reason(error)}"
         ) from error
     return check_data(train, held_out, class_names, name if test == "test" else f"{name} (tested on validation)")
+
+
+def _splits_of_classes(folder: Path) -> dict[str, str] | None:
+    """Which files of a user's folder are of which split, where they lie in folders `split/class/`.
+
+    `datasets` looks for a split's name in the whole path, and a class may be called train.
+    """
+    names = [split for split in ("train", "test", "validation") if (folder / split).is_dir()]
+    if "train" not in names or len(names) < 2 or (folder / "README.md").exists():
+        return None
+    in_folders = any(path.is_dir() for path in (folder / "train").iterdir())
+    return {split: f"{split}/**" for split in names} if in_folders else None
 
 
 def _columns(features: dict[str, Any], name: str) -> tuple[str, str, list[str]]:

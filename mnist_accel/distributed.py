@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
-from mnist_accel.cli import UserError
+from mnist_accel.cli import SharedError, UserError
 from mnist_accel.config import FIRST_PROCESS_ONLY
 from mnist_accel.image_files import usable_cores
 
@@ -62,7 +63,9 @@ def build_accelerator(
         raise UserError(f"Accelerate cannot start so: {error}") from error
     if trackers and not accelerator.log_with:
         raise UserError(f"--report-to {trackers}: its package is not installed; install it, or use --report-to none")
-    asked_for = os.environ.get("WORLD_SIZE") or "1"
+    # mpirun has variables of its own.
+    sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    asked_for = next(filter(None, map(os.environ.get, sizes)), "1")
     if asked_for != str(accelerator.num_processes):
         raise UserError(
             f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would "
@@ -153,7 +156,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     must come here. An `OSError` (a full disk, a folder that vanished) counts as the user's to mend.
 
     Raises:
-        UserError: on all ranks, when the block failed on any.
+        SharedError: on all ranks, when the block failed on any.
     """
     failure = None
     try:
@@ -165,21 +168,21 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     if isinstance(failure, BrokenPipeError):  # who read our output has gone: no mistake
         raise failure
     if message is not None:
-        raise UserError(message) from failure
+        raise SharedError(message) from failure
 
 
 def require_alike(settings: dict[str, Any]) -> None:
     """Every rank must come here with its options, by name: machines read their own command lines, files and caches.
 
     Raises:
-        UserError: on all ranks, when some have other options or other data.
+        SharedError: on all ranks, when some have other options or other data.
     """
     first, *others = gather_object([settings])
     compared = first.keys() - FIRST_PROCESS_ONLY
     different = sorted(name for name in compared if any(other[name] != first[name] for other in others))
     if different:
         options = ", ".join(f"--{name}".replace("_", "-") for name in different)
-        raise UserError(
+        raise SharedError(
             f"the processes were started with different {options}: give the same options, and the same data, on every "
             "machine"
         )
@@ -200,6 +203,8 @@ def agree(accelerator: Accelerator, loss: Tensor, received_signal: int) -> tuple
 class StopSignals:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a request that the training loop reads between two steps.
 
+    In a thread beside the main one, where Python allows no handlers, signals do what they did before.
+
     The handler only notes the signal, so that nothing is torn in the middle; a second Ctrl-C stops at once.
     """
 
@@ -211,7 +216,8 @@ class StopSignals:
         self.received = 0
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._handle) for number in self.HANDLED}
+        handled = self.HANDLED if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -86,10 +86,11 @@ def confidences(logits: Tensor, temperature: float, no_digit_level: float) -> Te
     softmax(logits / T) says which class, but never that none fits. How much there is of any class at all is
     logsumexp(logits / T), the negated free energy of W. Liu et al., "Energy-based out-of-distribution detection",
     NeurIPS 2020. As it sinks below `no_digit_level`, the answer goes over to "every class is as likely"; a level of
-    -inf leaves the softmax alone.
+    -inf leaves the softmax alone. Which class is the likeliest never changes.
     """
     scaled = logits.double() / temperature
-    no_digit = _no_digit(scaled, no_digit_level).unsqueeze(1)
+    # Not wholly: rounding would make all classes equal, and the first of them the answer.
+    no_digit = _no_digit(scaled, no_digit_level).clamp(max=1 - 1e-6).unsqueeze(1)
     return (1 - no_digit) * scaled.softmax(dim=1) + no_digit / scaled.shape[1]
 
 

@@ -44,6 +44,13 @@ class Reporter:
             f"global batch {config.batch_size} = {product}"
         )
 
+    def warn_of_other_precision(self, checkpoint: dict[str, Any] | None) -> None:
+        """Say so where a checkpoint was trained in another precision: the numbers are not those of one run then."""
+        now = self.accelerator.mixed_precision
+        then = (checkpoint or {}).get("mixed_precision", now)
+        if then != now:
+            self.say(f"warning: the checkpoint is of mixed precision {then}, and goes on in {now}: numbers will differ")
+
     def start_trackers(self, folder: Path, resumed_step: int | None) -> None:
         """Start the tracker that `--report-to` names, TensorBoard in `folder`/tensorboard.
 

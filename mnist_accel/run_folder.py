@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from mnist_accel import figures
-from mnist_accel.checkpoint import complete_checkpoints, read_checkpoint
+from mnist_accel.checkpoint import STATE_NAME, complete_checkpoints, read_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import PROVENANCE, TrainConfig, differing_options
 from mnist_accel.data import ImageData, Split, hub_dataset
@@ -32,6 +32,8 @@ from mnist_accel.output import replacing
 # What a checkpoint holds; by the options and the data's fingerprint it is known of which run it is.
 CONTENT = {"options", "fingerprint", "state", "model", "average", "best_files", "optimizer", "scaler"}
 OWN_NAMES = ("config.yaml", "metrics.jsonl", "best", "final", "checkpoints")
+LOCK_NAME = ".lock"
+LOCK_SECONDS = 20.0  # how long to wait for another training in the same folder, such as one that is being stopped
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -55,7 +57,12 @@ def _given_folder(config: TrainConfig) -> Path | None:
     if config.resume is None or config.resume == "auto":
         return None
     resumed = Path(config.resume).expanduser()
-    return Path(os.path.normpath(resumed / ".." / "..")) if resumed.name.startswith("step_") else resumed
+    is_checkpoint = (resumed / STATE_NAME).exists()
+    if not is_checkpoint and not resumed.name.startswith("step_"):
+        return resumed
+    if is_checkpoint and resumed.resolve().parent.name != "checkpoints":
+        raise UserError(f"{resumed} is a checkpoint outside its run: give an --output-dir for the run that goes on")
+    return Path(os.path.normpath((resumed.resolve() if resumed.is_symlink() else resumed) / ".." / ".."))
 
 
 @contextmanager
@@ -85,10 +92,27 @@ class RunFolder:
     def open(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         """Make the folder, or find the checkpoint to resume from; returns that checkpoint's content, or None to start.
 
+        Until `release` or the process's end, other trainings are kept out.
+
         Raises:
-            UserError: the folder holds another run, nothing is there to resume, it is of other options or data, or it
-                is beyond the run's last step.
+            UserError: the folder holds another run, another process trains in it, nothing is there to resume, it is of
+                other options or data, or it is beyond the run's last step.
         """
+        existed = self.path.is_dir()
+        if existed:
+            self._lock()  # before looking: a run that is being stopped still writes
+        checkpoint = self._begin(config, fingerprint, last_step)
+        if not existed:
+            self._lock()
+            if any((self.path / name).exists() for name in OWN_NAMES):
+                raise UserError(f"another training began in {self.path} at the same time: choose another --output-dir")
+        return checkpoint
+
+    def release(self) -> None:
+        """The run is over: nothing but what it leaves stays in the folder."""
+        (self.path / LOCK_NAME).unlink(missing_ok=True)
+
+    def _begin(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         if _given_folder(config) is None:
             if config.resume:
                 print("warning: --resume auto finds nothing without --output-dir: a run of its own begins", flush=True)
@@ -130,6 +154,31 @@ class RunFolder:
         with _user_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         return checkpoint
+
+    def _lock(self) -> None:
+        """Keep other trainings out of the folder while this process lives, where the file system can.
+
+        Raises:
+            UserError: another process keeps it locked.
+        """
+        try:
+            import fcntl
+
+            self._locked = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT)  # closing it would unlock it
+        except (ImportError, OSError):  # Windows; a folder that cannot be written is told when it is written
+            return
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"another process is training in {self.path}: wait for its end, or choose another --output-dir"
+                    ) from error
+                time.sleep(0.1)
+            except OSError:
+                return  # a file system without locks
 
     def _started_with(self) -> dict[str, Any]:
         """Options and data as `config.yaml` has them, under a checkpoint's names; nothing where it is unreadable."""

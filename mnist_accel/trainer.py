@@ -192,6 +192,7 @@ class Trainer:
                 content = {
                     "options": self.config.options(),
                     "fingerprint": self.data.fingerprint,
+                    "mixed_precision": self.accelerator.mixed_precision,
                     "state": asdict(self.state),
                     "model": self.network.state_dict(),
                     "average": self.average.model.state_dict() if self.average else None,
@@ -250,11 +251,13 @@ class Trainer:
 
     def _open_folder(self) -> dict[str, Any] | None:
         """Rank 0 reads the checkpoint, if any, and tells the others, which may not share its disk."""
-        require_alike(self.config.options() | {"dataset": self.data.fingerprint})
+        precision = {"mixed_precision": self.accelerator.mixed_precision}
+        require_alike(self.config.options() | {"dataset": self.data.fingerprint} | precision)
         checkpoint: list[Any] = [None]
         with together(self.accelerator):
             if self.is_main:
                 checkpoint[0] = self.folder.open(self.config, self.data.fingerprint, self.last_step)
+                self.reporter.warn_of_other_precision(checkpoint[0])
                 self.folder.write_config(self.config, self.data, self.accelerator)
             resumed_step = checkpoint[0]["state"]["step"] if checkpoint[0] else None
             self.reporter.start_trackers(self.folder.path, resumed_step)
@@ -311,8 +314,7 @@ class Trainer:
         with together(self.accelerator):
             if self.is_main and self.config.push_to_hub:
                 self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', self.config.push_to_hub)}")
-        self.accelerator.end_training()
-        return 0
+        return self._end(0)
 
     def _stop(self, stop_signal: int) -> int:
         """After a signal, whose checkpoint the loop has written."""
@@ -320,8 +322,14 @@ class Trainer:
             f"Stopped by {signal.Signals(stop_signal).name} after step {self.state.step}; the state is saved: continue "
             f"with the same options and --output-dir {self.folder.path} --resume auto"
         )
+        return self._end(128 + stop_signal)
+
+    def _end(self, status: int) -> int:
+        with together(self.accelerator):
+            if self.is_main:
+                self.folder.release()
         self.accelerator.end_training()
-        return 128 + stop_signal
+        return status
 
     # Setting up
 

@@ -195,6 +195,18 @@ def test_larger_and_coloured_square_images_are_averaged_to_grey_28x28(tmp_path: 
     assert (images.int() - 100).abs().max() <= 1
 
 
+def test_classes_may_have_the_names_of_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 4)):
+        for name in ("car", "test", "train"):
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for index, pixels in enumerate(pictures(count)):
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    data = load_data(str(tmp_path / "set"))
+    assert data.class_names == ["car", "test", "train"]
+    assert (data.train.labels.bincount().tolist(), data.test.labels.bincount().tolist()) == ([6] * 3, [4] * 3)
+
+
 def test_dark_ink_on_light_paper_is_inverted_in_both_splits_and_said_so(tmp_path: Path) -> None:
     train, test = pictures(6), pictures(4, seed=1)
     dark = write_parquet(tmp_path / "dark", {"train": 255 - train, "test": 255 - test})

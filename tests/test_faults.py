@@ -129,6 +129,16 @@ def test_processes_that_were_started_with_different_options_are_refused(small_da
     assert_one_error_line(output, "different --seed", "on every machine")
 
 
+def _other_precision() -> None:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+
+
+def test_processes_of_different_precision_are_refused(small_dataset, tmp_path):
+    statuses, output = run(small_dataset, tmp_path, processes=2, fault=_other_precision, faulty_rank=1)
+    assert statuses == [2, 2]
+    assert_one_error_line(output, "different --mixed-precision")
+
+
 def _no_memory_for(images: int) -> None:
     """Let the memory hold no more than this many images at once."""
     from mnist_accel.models import MnistNet

@@ -340,6 +340,31 @@ def test_there_are_scripts_to_ask():
     }
 
 
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_a_mistake_on_the_second_machine_is_told_there_once(tmp_path, local_rank, lines):
+    place = surroundings(tmp_path, RANK="2", LOCAL_RANK=local_rank, WORLD_SIZE="4", LOCAL_WORLD_SIZE="2")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "nowhere.yaml"]
+    ended = subprocess.run(command, check=False, cwd=tmp_path, env=place, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == ended.stderr.count("error: --config") == lines
+
+
+@needs_no_gpu
+def test_mpirun_without_the_word_cpu_is_refused(tmp_path):
+    arguments = train_command("--dataset", "digits", "--output-dir", str(tmp_path / "run"))
+    mpirun = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    status, output = launch([sys.executable, *arguments], tmp_path, **mpirun)
+    assert status == 2 and "error: the launcher started 2 processes but Accelerate sees 1" in output, output
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_terminal_cannot_show_is_no_error(tmp_path):
+    program = SPEAKS.replace("said", "\u6570\u5b57")
+    place = surroundings(tmp_path, PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, check=False, cwd=tmp_path, env=place, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "\\u6570\\u5b57\n")
+
+
 SPEAKS = """
 import sys
 from mnist_accel.cli import run_script

@@ -92,3 +92,12 @@ def test_temperature_stays_one_where_every_prediction_is_right():
 def test_temperature_of_logits_that_are_not_finite_is_refused():
     with pytest.raises(ValueError, match="finite"):
         metrics.fit_temperature(torch.tensor([[0.0, float("nan")]]), torch.tensor([0]))
+
+
+def test_little_evidence_of_a_digit_makes_confidence_low_and_changes_no_answer():
+    logits = torch.tensor([[-3.0, 1.0, 0.5], [0.0, 0.1, 0.2], [9.0, 1.0, 1.0]])
+    for level in (-torch.inf, 0.0, 30.0, 1000.0):
+        shares = metrics.confidences(logits, 0.7, level)
+        assert torch.equal(shares.argmax(dim=1), logits.argmax(dim=1)), level
+        assert torch.allclose(shares.sum(dim=1), torch.ones(3, dtype=torch.float64))
+    assert (shares - 1 / 3).abs().max() < 1e-5

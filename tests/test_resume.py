@@ -270,3 +270,14 @@ def test_an_ended_run_without_its_checkpoints_is_not_overwritten(small_dataset, 
     job = Job([*options(small_dataset, tmp_path / "run"), "--resume", "auto"], tmp_path / "logs")
     assert job.wait() == [2] and "already holds a run" in job.output()
     assert_same_run(calm_run, tmp_path / "run")
+
+
+def test_going_on_in_another_precision_is_said(small_dataset, tmp_path):
+    run = options(small_dataset, tmp_path / "run")
+    train([*run, "--max-steps", "5"], tmp_path / "logs")
+    resumed = [*run, "--resume", "auto", "--max-steps", "7"]
+    job = train(resumed, tmp_path / "logs", environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert "warning: the checkpoint is of mixed precision no, and goes on in bf16" in job.output()
+    assert (
+        "warning" not in train(resumed, tmp_path / "logs", environment={"ACCELERATE_MIXED_PRECISION": "bf16"}).output()
+    )

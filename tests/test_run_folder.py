@@ -1,5 +1,8 @@
 """A run's folder is opened for its own run only, and what cannot be read or written there is told."""
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -8,6 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from mnist_accel import run_folder
 from mnist_accel.checkpoint import STATE_NAME, write_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import PROVENANCE, TrainConfig, parse_config
@@ -51,6 +55,46 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_is_not_started_over(died_ear
     assert capsys.readouterr().out.startswith(
         f"warning: checkpoint {died_early.checkpoints / 'step_00000006'} is damaged"
     )
+
+
+def test_a_link_to_a_checkpoint_stands_for_its_run_and_a_copy_needs_a_folder(tmp_path):
+    write_checkpoint(tmp_path, 10, {}, keep=1)
+    checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step_00000010"
+    checkpoint.parent.mkdir(parents=True)
+    shutil.move(tmp_path / checkpoint.name, checkpoint)
+    (tmp_path / "newest").symlink_to(checkpoint)
+    assert choose_folder(TrainConfig(resume=str(tmp_path / "newest"))) == tmp_path / "runs" / "mine"
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    with pytest.raises(UserError, match="copy is a checkpoint outside its run: give an --output-dir"):
+        choose_folder(TrainConfig(resume=str(tmp_path / "copy")))
+    assert choose_folder(TrainConfig(resume=str(tmp_path / "copy"), output_dir="other")) == Path("other")
+
+
+LOCKS = """
+import sys
+from pathlib import Path
+from mnist_accel.config import TrainConfig
+from mnist_accel.run_folder import RunFolder
+RunFolder(Path(sys.argv[1])).open(TrainConfig(resume="auto", output_dir=sys.argv[1]), "the same", 100)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.3)
+    folder = RunFolder(tmp_path / "run")
+    config = TrainConfig(resume="auto", output_dir=str(folder.path))
+    command, pipe = [sys.executable, "-c", LOCKS, str(folder.path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"another process is training in {folder.path}: wait"):
+            folder.open(config, "the same", 100)
+        other.kill()
+        other.wait()
+    assert folder.open(config, "the same", 100) is None
+    folder.release()
+    assert not list(folder.path.iterdir())
 
 
 @pytest.mark.parametrize("resume", ["runs/mine", "runs/mine/checkpoints/step_00000010"])

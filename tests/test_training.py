@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, repeat
@@ -482,3 +483,10 @@ def test_gradients_that_accumulate_survive_memory_that_the_next_micro_batch_writ
     accumulated = run(small_dataset, tmp_path / "accumulated", *options, "--gradient-accumulation-steps", "4")
     for name, tensor in weights(accumulated).items():
         torch.testing.assert_close(tensor, weights(plain)[name], atol=1e-6, rtol=0)
+
+
+def test_training_beside_the_main_thread_works(small_dataset, tmp_path):
+    """As in a notebook's or a window's worker; there Python lets nobody handle signals."""
+    with ThreadPoolExecutor(1) as pool:
+        folder = pool.submit(run, small_dataset, tmp_path / "run", "--max-steps", "2").result()
+    assert rows(folder)[-1]["final"] is True
