@@ -101,7 +101,11 @@ class RunFolder:
         existed = self.path.is_dir()
         if existed:
             self._lock()  # before looking: a run that is being stopped still writes
-        checkpoint = self._begin(config, fingerprint, last_step)
+        try:
+            checkpoint = self._begin(config, fingerprint, last_step)
+        except UserError:
+            self.release()  # what is refused is left as it was
+            raise
         if not existed:
             self._lock()
             if any((self.path / name).exists() for name in OWN_NAMES):
@@ -110,7 +114,8 @@ class RunFolder:
 
     def release(self) -> None:
         """The run is over: nothing but what it leaves stays in the folder."""
-        (self.path / LOCK_NAME).unlink(missing_ok=True)
+        with suppress(OSError):
+            (self.path / LOCK_NAME).unlink()
 
     def _begin(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         if _given_folder(config) is None:
