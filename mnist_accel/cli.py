@@ -101,8 +101,7 @@ class CommandLine(argparse.ArgumentParser):
 
 def _similar(option: str, known: Iterable[str]) -> str | None:
     """The option of which this one is another name, the beginning or a misspelling."""
-    if option in OTHER_NAMES:
-        option = OTHER_NAMES[option]
+    option = OTHER_NAMES.get(option, option)
     beginning = [name for name in known if name.startswith(option)]
     return next(iter(beginning or difflib.get_close_matches(option, known, 1, cutoff=0.7)), None)
 
@@ -132,6 +131,12 @@ def importing() -> Iterator[None]:
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks, as told by the launcher's environment."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def launched_processes() -> str:
+    """How many processes the launcher says that it started; mpirun has variables of its own for that."""
+    sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    return next(filter(None, map(os.environ.get, sizes)), "1")
 
 
 def _speaks_for_its_machine() -> bool:

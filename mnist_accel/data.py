@@ -80,9 +80,9 @@ def load_data(name: str) -> ImageData:
         facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         make = partial(_from_idx, name, *idx) if idx else partial(load_folder, name, folder, config)
         return _cached(name, [facts, config], make)
-    hub_id = hub_dataset(name)
     if folder.is_file():
         raise UserError(f"{base} is a file: give the folder that it is in")
+    hub_id = hub_dataset(name)
     if hub_id is None:
         raise UserError(f"no folder {base!r}: give an existing folder, a Hub id such as ylecun/mnist, or digits")
     return _cached(name, [hub_id, config], lambda: load_folder(name, download_files(hub_id, kind="dataset"), config))

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
-from mnist_accel.cli import SharedError, UserError
+from mnist_accel.cli import SharedError, UserError, launched_processes
 from mnist_accel.config import FIRST_PROCESS_ONLY
 from mnist_accel.image_files import usable_cores
 
@@ -63,9 +63,7 @@ def build_accelerator(
         raise UserError(f"Accelerate cannot start so: {error}") from error
     if trackers and not accelerator.log_with:
         raise UserError(f"--report-to {trackers}: its package is not installed; install it, or use --report-to none")
-    # mpirun has variables of its own.
-    sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-    asked_for = next(filter(None, map(os.environ.get, sizes)), "1")
+    asked_for = launched_processes()
     if asked_for != str(accelerator.num_processes):
         raise UserError(
             f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would "
@@ -104,6 +102,7 @@ def use_all_cores() -> None:
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+@functools.cache  # it is asked for at every start, about the threads and about the processes
 def _launcher() -> tuple[list[str], set[str]]:
     """The command of the launcher that started this process, and the names in its environment; empty without one."""
     try:

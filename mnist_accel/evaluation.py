@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mnist_accel import metrics
 from mnist_accel.cli import UserError
+from mnist_accel.config import TrainConfig
 from mnist_accel.data import ImageData, Split, load_data
 from mnist_accel.distributed import use_all_cores
 from mnist_accel.models import DigitClassifier, load_model
@@ -161,7 +162,7 @@ def load_for_evaluation(models: list[str] | None, dataset: str | None) -> tuple[
     """
     use_all_cores()
     loaded = {name: load_model(name) for name in models or [str(default_model())]}
-    data = load_data(dataset or next(iter(loaded.values())).dataset or "ylecun/mnist")
+    data = load_data(dataset or next(iter(loaded.values())).dataset or TrainConfig.dataset)
     for path, model in loaded.items():
         own, given = (f"{len(names)} classes ({', '.join(names)})" for names in (model.class_names, data.class_names))
         if len(model.class_names) != len(data.class_names):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from mnist_accel.cli import UserError, importing
+from mnist_accel.cli import UserError, importing, launched_processes
 from mnist_accel.image_files import Readers, Seen, find_images, grouped, in_order, readable, usable_cores
 from mnist_accel.output import check_output, check_writable, picture_format, write_table
 from mnist_accel.summary import Summary, label_of
@@ -65,7 +65,7 @@ def predict_folder(
         return readers.read((path, i < pictures) for i, path in enumerate(paths) if i // BATCH_SIZE % world == rank)
 
     began = time.perf_counter()
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    alone = launched_processes() == "1"
     workers = workers or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     paths = look() if alone else []
     with Readers(folder, workers, as_is) as readers, ThreadPoolExecutor(workers) as pool:

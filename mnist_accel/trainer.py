@@ -122,7 +122,7 @@ class Trainer:
                                 if (state.step + 1) % self.check_interval == 0:
                                     # A sum once not finite stays so: it tells of every step since the last check.
                                     loss_sum, stop_signal = agree(accelerator, self.loss_sum, signals.received)
-                                    self._refuse_non_finite(loss_sum, rate, state.step + 1)
+                                    self._refuse_non_finite(loss_sum, state.step + 1)
                                 if config.max_grad_norm:
                                     accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
                             self.optimizer.step()
@@ -147,14 +147,14 @@ class Trainer:
 
     # Parts of the loop
 
-    def _refuse_non_finite(self, loss_sum: float, rate: float, step: int) -> None:
+    def _refuse_non_finite(self, loss_sum: float, step: int) -> None:
         if math.isfinite(loss_sum):
             return
         with together(self.accelerator):
             saved = max(complete_checkpoints(self.folder.checkpoints), default=None)
             since = f"within the {self.check_interval} steps up to " if self.check_interval > 1 else "at "
             raise UserError(
-                f"the loss is not finite {since}step {step}, at learning rate {rate:g}; last good "
+                f"the loss is not finite {since}step {step}, at learning rate {self._rate(step):g}; last good "
                 f"checkpoint: {saved or 'none'}; start anew with a lower --learning-rate or --max-grad-norm 1"
             )
 
@@ -184,7 +184,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         self.state.loss_sum = self._total_loss()
         finite = all(bool(weights.isfinite().all()) for weights in self.network.parameters())
-        self._refuse_non_finite(self.state.loss_sum if finite else math.nan, self._rate(), self.state.step)
+        self._refuse_non_finite(self.state.loss_sum if finite else math.nan, self.state.step)
         self._clock()
         with together(self.accelerator):
             if self.is_main:
@@ -208,7 +208,7 @@ class Trainer:
         epoch, unfinished = -(-state.step // self.loader.steps_per_epoch), state.step % self.loader.steps_per_epoch > 0
         train_loss = self._total_loss() / done
         seconds = self._clock()
-        self._refuse_non_finite(train_loss, self._rate(), state.step)
+        self._refuse_non_finite(train_loss, state.step)
         result = self._evaluate()
         is_best = state.record_epoch(
             {
@@ -217,7 +217,7 @@ class Trainer:
                 "train_loss": round(train_loss, 6),
                 "eval_loss": round(result.loss, 6),
                 "eval_accuracy": result.accuracy,
-                "learning_rate": self._rate(),
+                "learning_rate": self._rate(state.step),
                 "train_seconds": round(seconds, 3),
                 "images_per_second": round(done / seconds, 1),
             },
@@ -244,8 +244,8 @@ class Trainer:
             self.evaluated_network.calibrate(logits, self.eval_split.labels)  # on held-out images only
         return self.evaluation
 
-    def _rate(self) -> float:  # of the step done last
-        return learning_rate(max(0, self.state.step - 1), self.total_steps, self.config)
+    def _rate(self, step: int) -> float:  # of a step, from 1 on
+        return learning_rate(max(0, step - 1), self.total_steps, self.config)
 
     # The run's folder
 
@@ -286,7 +286,7 @@ class Trainer:
 
     def _finish(self) -> int:
         """Leave `final/`, the last row of metrics.jsonl and the figures."""
-        state, test, config, patience = self.state, self.data.test, self.config, self.config.early_stopping_patience
+        state, test, config = self.state, self.data.test, self.config
         if not state.history or state.history[-1]["step"] != state.step:
             self._end_epoch()  # --max-steps ended within an epoch
         result = self.evaluation or self._evaluate()  # of the last step; an ended run that is resumed has none yet
@@ -297,7 +297,7 @@ class Trainer:
         with together(self.accelerator):
             if self.is_main:
                 self._write_weights("final", "test", result)
-                if self.config.validation_size:  # on this process alone: a second's work
+                if config.validation_size:  # on this process alone: a second's work
                     best = load_model(self.folder.path / "best")
                     best_result = evaluate([best], test, self.data.class_names, self.accelerator.device)
                     final["best_test_accuracy"] = best_result.accuracy
@@ -307,13 +307,14 @@ class Trainer:
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
                 self.reporter.log_row(final)
-        if state.out_of_patience(patience):
-            self.reporter.say(f"Stopped early: no better {config.early_stopping_metric} in {patience} epochs")
+        if state.out_of_patience(config.early_stopping_patience):
+            metric, patience = config.early_stopping_metric, config.early_stopping_patience
+            self.reporter.say(f"Stopped early: no better {metric} in {patience} epochs")
         self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
         self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
         with together(self.accelerator):
-            if self.is_main and self.config.push_to_hub:
-                self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', self.config.push_to_hub)}")
+            if self.is_main and config.push_to_hub:
+                self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', config.push_to_hub)}")
         return self._end(0)
 
     def _stop(self, stop_signal: int) -> int:
