@@ -1,8 +1,8 @@
 """Complete training states on disk: written aside, flushed, renamed when complete, never half of one."""
 
+import hashlib
 import os
 import shutil
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -15,6 +15,7 @@ from mnist_accel.cli import UserError
 from mnist_accel.output import flush_folder
 
 STATE_NAME = "training_state.pt"
+CHECKSUM_NAME = "training_state.sha256"  # as `sha256sum --check` reads it
 
 
 @dataclass
@@ -64,10 +65,12 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
         # Into memory first: of a full disk torch.save says only "unexpected pos" in a C++ file.
         serialized = BytesIO()
         torch.save(content, serialized)
-        with open(unfinished / STATE_NAME, "wb") as file:
-            file.write(serialized.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        checksum = _checksum(serialized.getbuffer())
+        for name, data in ((STATE_NAME, serialized.getbuffer()), (CHECKSUM_NAME, checksum)):
+            with open(unfinished / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         flush_folder(unfinished)
         if target.exists():
             _remove(target)  # a run resumed from an older checkpoint comes by this step again
@@ -96,16 +99,20 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed-{checkpoint.name}")), ignore_errors=True)
 
 
+def _checksum(state: bytes | memoryview) -> bytes:
+    return f"{hashlib.sha256(state).hexdigest()}  {STATE_NAME}\n".encode()
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of one checkpoint, tensors on the CPU, executing nothing; `UserError` if none is there, or half."""
     file = path / STATE_NAME
     if not file.is_file():
         raise UserError(f"no checkpoint at {path}: give a folder checkpoints/step_XXXXXXXX of a run, or --resume auto")
     try:
-        with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():  # torch.load compares no checksums
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = file.read_bytes()
+        if _checksum(state) != (path / CHECKSUM_NAME).read_bytes():  # torch.load compares none
+            raise ValueError(f"its checksum is not that in {CHECKSUM_NAME}")
+        return torch.load(BytesIO(state), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parts do: pickle, zip, runtime and key errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -123,11 +123,15 @@ def check_data(train: Split, test: Split, class_names: list[str], source: str) -
     if inverted:
         source += " (dark on light, inverted)"
         train, test = (Split(255 - split.images, split.labels) for split in (train, test))
+    return ImageData(train, test, class_names, _fingerprint(train, test, class_names), source, inverted)
+
+
+def _fingerprint(train: Split, test: Split, class_names: list[str]) -> str:
     digest = hashlib.sha256(json.dumps(class_names).encode())
     for tensor in (train.images, train.labels, test.images, test.labels):
         digest.update(json.dumps(list(tensor.shape)).encode())
         digest.update(tensor.contiguous().numpy().data)
-    return ImageData(train, test, class_names, digest.hexdigest(), source, inverted)
+    return digest.hexdigest()
 
 
 def _embedded_digits() -> ImageData:
@@ -261,6 +265,8 @@ def _read_cache(file: Path, name: str) -> ImageData | None:
             facts = archive.metadata()
             train, test = (Split(*(archive.get_tensor(f"{split}_{kind}") for kind in KINDS)) for split in SPLITS)
         class_names, inverted = (json.loads(facts[key]) for key in ("class_names", "inverted"))
+        if _fingerprint(train, test, class_names) != facts["fingerprint"]:  # a decayed disk
+            return None
         return ImageData(train, test, class_names, facts["fingerprint"], name + facts["remarks"], inverted)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

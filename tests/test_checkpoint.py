@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from mnist_accel import checkpoint
-from mnist_accel.checkpoint import STATE_NAME, TrainState, complete_checkpoints, read_checkpoint, write_checkpoint
+from mnist_accel.checkpoint import (
+    CHECKSUM_NAME,
+    STATE_NAME,
+    TrainState,
+    complete_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 from mnist_accel.cli import UserError
 
 
@@ -85,7 +92,7 @@ def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(folder, monkeyp
     save(folder, 5)
     unfinished = folder / ".unfinished-step_00000005"
     assert events == [
-        str(unfinished / STATE_NAME), str(unfinished), f"rename {folder / 'step_00000005'}", str(folder),
+        str(unfinished / STATE_NAME), str(unfinished / CHECKSUM_NAME), str(unfinished), f"rename {folder / 'step_00000005'}", str(folder),
     ]  # fmt: skip
 
 
@@ -155,6 +162,7 @@ def test_a_pickle_that_would_execute_code_is_refused_and_not_executed(tmp_path, 
         torch.save({"step": _Payload(marker)}, file)
     else:
         file.write_bytes(pickle.dumps({"step": _Payload(marker)}))
+    (file.parent / CHECKSUM_NAME).write_bytes(checkpoint._checksum(file.read_bytes()))
     with pytest.raises(UserError, match="step_00000001"):
         read_checkpoint(file.parent)
     assert not marker.exists()
@@ -174,6 +182,20 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(folder, damage):
     with pytest.raises(UserError, match="step_00000001 is damaged") as error:
         read_checkpoint(folder / "step_00000001")
     assert "\n" not in str(error.value)
+
+
+def test_no_flipped_bit_is_loaded_wherever_it_is(folder):
+    save(folder, 1)
+    file = folder / "step_00000001" / STATE_NAME
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="checksum"):
+            read_checkpoint(folder / "step_00000001")
+    file.write_bytes(whole)
+    assert read_checkpoint(folder / "step_00000001")["step"] == 1
 
 
 def test_a_path_without_a_checkpoint_is_told_with_the_way_on(tmp_path):

@@ -348,7 +348,13 @@ def test_a_changed_file_is_decoded_anew(idx: Path) -> None:
     assert second.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[:40]])
+def flip_a_bit(content: bytes) -> bytes:
+    return content[:-100] + bytes([content[-100] ^ 64]) + content[-99:]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[:40], flip_a_bit]
+)
 def test_a_damaged_cache_file_is_made_anew_in_silence(
     idx: Path, home: Path, damage: Callable[[bytes], bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:

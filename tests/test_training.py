@@ -108,7 +108,8 @@ def test_the_run_folder_holds_what_a_reader_expects(plain):
     }
     assert files - events == weight_files | {
         "config.yaml", "metrics.jsonl",
-        "checkpoints/step_00000020/training_state.pt", "checkpoints/step_00000030/training_state.pt",
+        "checkpoints/step_00000020/training_state.pt", "checkpoints/step_00000020/training_state.sha256",
+        "checkpoints/step_00000030/training_state.pt", "checkpoints/step_00000030/training_state.sha256",
         "figures/curves.png", "figures/confusion_matrix.png", "figures/mistakes.png",
     }  # fmt: skip
 
