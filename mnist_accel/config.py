@@ -127,7 +127,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if path := parser.parse_args(arguments).config:
         try:
-            from_file = _file_arguments(Path(path))
+            from_file = _file_arguments(Path(path), any(each.startswith("--recipe") for each in arguments))
             parser.parse_args(from_file)
         except OSError as error:
             raise UserError(f"--config {path}: {error.strerror}; give a file of lines 'option: value'") from error
@@ -137,17 +137,21 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     parser.set_defaults(**RECIPES[parser.parse_args(arguments).recipe])
     options = vars(parser.parse_args(arguments))
     del options["config"]
+    if not options["augment"] and options["augmentation"] != parser.get_default("augmentation"):
+        raise UserError(f"--augmentation {options['augmentation']} draws nothing by itself: add --augment")
     for name, value in options.items():
         if isinstance(value, str) and value != value.encode(errors="ignore").decode():
             raise UserError(f"--{name.replace('_', '-')} {value!r} is not in UTF-8: give another name")
     return TrainConfig(**options)
 
 
-def _file_arguments(path: Path) -> list[str]:
-    """The options in a YAML file as they would stand on the command line."""
+def _file_arguments(path: Path, names_recipe: bool) -> list[str]:
+    """The options in a YAML file as they would stand on the command line, which may itself name a recipe."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(content, dict):
         raise UserError("it must hold lines of the form 'option: value'")
+    if PROVENANCE in content and names_recipe:
+        raise UserError("a run's record holds every option, so that --recipe would change none: leave out one of them")
     defaults = TrainConfig().options()
     arguments = []
     for key, value in content.items():

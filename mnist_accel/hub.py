@@ -115,6 +115,13 @@ def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = 
     return Path(folder)
 
 
+def is_logged_in() -> bool:
+    """Whether there is a token to upload with; the Hub is not asked whether it is any good."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
 def upload_folder(folder: Path, hub_id: str) -> str:
     """Upload a folder as the model repository `hub_id`; returns its address, or raises a `UserError`."""
     from huggingface_hub import HfApi

@@ -76,6 +76,20 @@ def test_the_config_that_a_run_leaves_repeats_it(tmp_path):
     assert parse_config(["--config", str(file)]) == config
 
 
+def test_a_recipe_beside_a_runs_record_is_refused_as_it_would_change_nothing_but_the_name(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(TrainConfig().options() | {"provenance": {"world_size": 1}}))
+    with pytest.raises(UserError, match="--recipe would change none"):
+        parse_config(["--config", str(file), "--recipe", "accurate"])
+    file.write_text("recipe: fast\nepochs: 3\n")  # of a file that names some options, a recipe changes the others
+    config = parse_config(["--config", str(file), "--recipe=accurate"])
+    assert (config.recipe, config.model, config.epochs) == ("accurate", "deep_net", 3)
+
+
+def test_a_recipes_augmentation_can_be_turned_off():
+    assert parse_config(["--recipe", "accurate", "--no-augment"]).augmentation == "elastic"
+
+
 @pytest.mark.parametrize(
     "arguments, names",
     [
@@ -92,6 +106,7 @@ def test_the_config_that_a_run_leaves_repeats_it(tmp_path):
         (["--batch", "64"], "--batch"),
         (["stray"], "stray"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--augmentation", "elastic"], "add --augment"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named_in_one_line(arguments, names):

@@ -165,7 +165,7 @@ def options(dataset: Path, run: Path) -> list[str]:
 def test_what_a_run_uploads_is_best_and_is_read_back_by_its_id(hub, dataset, tmp_path, monkeypatch):
     run, here = tmp_path / "run", partial(use_hub, hub.endpoint, str(tmp_path / "hub_cache"))
     job = train(options(dataset, run), tmp_path / "logs", fault=here, environment={"HF_TOKEN": "hf_test"})
-    assert f"Uploaded: {hub.endpoint}/somebody/digits\n" in job.output()
+    assert f"Uploaded: {hub.endpoint}/somebody/digits\n" in job.output() and "needs a login" not in job.output()
     assert set(hub.models["somebody/digits"]) == BEST
     assert hub.models["somebody/digits"] == read_files(run / "best")
     assert same_weights(load_model("somebody/digits"), load_model(run / "best"))
@@ -191,7 +191,9 @@ def test_without_a_login_the_run_is_complete_and_the_way_on_is_told(hub, dataset
     here = partial(use_hub, hub.endpoint, str(tmp_path / "hub_cache"))
     job = Job(options(dataset, tmp_path / "run"), tmp_path / "logs", fault=here, environment={"HF_TOKEN": ""})
     assert job.wait() == [2]
-    (line,) = [line for line in job.output().splitlines() if line.startswith("error: ")]
+    told = job.output()
+    assert told.index("warning: --push-to-hub needs a login") < told.index("Test set: ")
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
     for part in ("401", "hf auth login", "hf upload somebody/digits", str(tmp_path / "run" / "best")):
         assert part in line
     assert set(read_files(tmp_path / "run" / "best")) == set(read_files(tmp_path / "run" / "final")) == BEST
