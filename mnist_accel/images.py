@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
-from mnist_accel.ink import find_digit, sheet_of_paper, solid_card, upright
+from mnist_accel.ink import find_digit, find_sheet, upright
 from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
 
 SIDE, BOX = 28, 20
@@ -270,7 +270,8 @@ def _find(values: np.ndarray) -> Grey | None:
     even = grey if tiny else _even_light(grey)
     strength = _find_at_working_size(even, tight=tiny, tiny=tiny)
     found = None if strength is None or tiny else (strength > 0.5).astype(np.uint8)
-    if found is not None and (sheet := sheet_of_paper(found) or solid_card(found)):
+    sheet = None if found is None else find_sheet(found)
+    if found is not None and sheet is not None:
         on_sheet = _find(upright(values, sheet, max(grey.shape) / max(found.shape)))
         if on_sheet is not None:
             return on_sheet

@@ -1,7 +1,5 @@
 """Tell the ink of one digit from paper, shadows, ruled lines, frames, specks and the neighbours' strokes."""
 
-from collections.abc import Sequence
-
 import cv2
 import numpy as np
 
@@ -19,8 +17,8 @@ from mnist_accel.parts import (
     without_holes,
 )
 
-# A rotated rectangle as OpenCV has it: its middle and its size, x and y in pixels, and its angle in degrees.
-Sheet = tuple[Sequence[float], Sequence[float], float]
+# The four corners of a sheet of paper, (4, 2) float32: x and y in pixels.
+Sheet = np.ndarray
 
 # The pen's width as a share of the digit's longest side: three of four MNIST digits are written with a wider one.
 MIN_PEN = 0.09
@@ -43,10 +41,11 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
     if not is_dark_ink(smooth, tight):
         smooth = 1 - smooth
     mask, strength, noise = find_ink(smooth, tight)
-    if not tight and not mask.any():
+    if not tight and (not mask.any() or _too_broad(mask)):
         # Where a sheet of paper fills most of the image, its desk can pass for the paper and the sheet for noise.
-        smooth = 1 - smooth
-        mask, strength, noise = find_ink(smooth, tight)
+        other = find_ink(1 - smooth, tight)
+        if not mask.any() or _is_patch_of_light(mask, other[0], smooth):
+            smooth, (mask, strength, noise) = 1 - smooth, other
     if not tight:
         mask, strength = _filled(mask, strength, smooth)
         foreign = foreign_parts(mask)
@@ -63,6 +62,23 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
     digit = _of_one_pen(_digit_parts(mask, strength), strength)
     found = digit.any() and (tiny or not _is_shading(strength, digit))
     return _sharpened(strength, digit) if found else None
+
+
+def _too_broad(mask: Mask) -> bool:
+    """Whether a disc broader than any pen's stroke fits into the mask, and it is no sheet of paper."""
+    return 2 * float(distance_to_paper(mask).max()) > 0.2 * max(mask.shape) and find_sheet(mask) is None
+
+
+def _is_patch_of_light(mask: Mask, ink: Mask, smooth: Grey) -> bool:
+    """Whether the mask, dark in `smooth`, is light (or a shadow) on the paper, as ink of the other side shows.
+
+    That stands out from the paper beside the patch too, and does not reach the image's edge as uneven light does.
+    """
+    both = mask | ink
+    if not ink.any() or both.all() or _too_broad(ink) or Parts(ink).at_edge().any():
+        return False
+    patch, paper, stroke = (float(np.median(smooth[part > 0])) for part in (mask, 1 - both, ink))
+    return stroke - paper > 0.2 * (paper - patch)
 
 
 def _filled(mask: Mask, strength: Grey, smooth: Grey) -> tuple[Mask, Grey]:
@@ -96,10 +112,16 @@ def _is_shading(strength: Grey, part: Mask) -> bool:
     return bool(around.size and np.median(around) > strength[part > 0].mean() / 6)
 
 
-def sheet_of_paper(found: Mask) -> Sheet | None:
+def find_sheet(found: Mask) -> Sheet | None:
+    """The sheet, note or plate that was found instead of the digit on it; None where it is no such thing."""
+    sheet = _written_sheet(found)
+    return _solid_card(found) if sheet is None else sheet
+
+
+def _written_sheet(found: Mask) -> Sheet | None:
     """The sheet with strokes on it, lying on something of another brightness, that was found instead of a digit.
 
-    That is a disc or a rectangle, seen a little aslant perhaps, with holes much narrower than what is left of it beside
+    That is a disc or a rectangle, seen aslant perhaps, with holes much narrower than what is left of it beside
     them: the counters of a bold zero or eight are not. None where nothing of the kind was found.
     """
     outlines = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
@@ -109,8 +131,9 @@ def sheet_of_paper(found: Mask) -> Sheet | None:
     middle, size, degrees = cv2.minAreaRect(outline)
     area, radius = cv2.contourArea(outline), cv2.minEnclosingCircle(outline)[1]
     is_round = area > 0.9 * np.pi * radius**2
-    rectangular = len(corners) == 4 and area >= 0.8 * size[0] * size[1]
-    if min(size) < 0.1 * max(found.shape) or not (rectangular or is_round):
+    of_rectangle, of_hull = area / (size[0] * size[1] + 1e-6), area / (cv2.contourArea(hull) + 1e-6)
+    four_sided = len(corners) == 4 and (of_rectangle >= 0.8 or of_hull > 0.9)
+    if min(size) < 0.1 * max(found.shape) or not (four_sided or is_round):
         return None
     sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
     strokes = sheet & ~found
@@ -121,11 +144,13 @@ def sheet_of_paper(found: Mask) -> Sheet | None:
     # A round zero whose counter is narrower than its strokes would need a pen of a third of its width.
     if blank <= 0.1 * min(size) or stroke >= (1.0 if is_round else 0.6) * blank:
         return None
-    # Of a badge, the square within it.
-    return (middle, (0.77 * size[0], 0.77 * size[1]), 0.0) if is_round else (middle, size, degrees)
+    if is_round:  # of a badge, the square within it
+        return cv2.boxPoints((middle, (0.77 * size[0], 0.77 * size[1]), 0.0))
+    aslant = of_rectangle < 0.9 < of_hull
+    return corners[:, 0].astype(np.float32) if aslant else cv2.boxPoints((middle, size, degrees))
 
 
-def solid_card(found: Mask) -> Sheet | None:
+def _solid_card(found: Mask) -> Sheet | None:
     """The note or plate that was found as one filled rectangle: darker than what it lies on, as its ink is than it."""
     outlines = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     if len(outlines) != 1:
@@ -135,23 +160,22 @@ def solid_card(found: Mask) -> Sheet | None:
     high, wide = found[box_of(found)].shape
     if min(size) < 0.1 * max(found.shape) or (high > wide and min(size) < 0.5 * max(size)):
         return None
-    return (middle, size, degrees) if found.sum() > 0.93 * size[0] * size[1] else None
+    return cv2.boxPoints((middle, size, degrees)) if found.sum() > 0.93 * size[0] * size[1] else None
 
 
 def upright(values: np.ndarray, sheet: Sheet, scale: float) -> np.ndarray:
-    """What lies within a sheet of paper, which is given at 1/`scale` of the size of (H, W, C), with its sides level."""
-    (x, y), (width, height), degrees = np.multiply(sheet[0], scale), np.multiply(sheet[1], scale), sheet[2]
-    quarters = round(degrees / 90)  # OpenCV's versions differ in which side they call the width
-    if quarters % 2:
-        width, height = height, width
-    turn = cv2.getRotationMatrix2D((float(x), float(y)), degrees - 90 * quarters, 1.0)
-    turned = cv2.warpAffine(values, turn, values.shape[1::-1], borderMode=cv2.BORDER_REPLICATE)
+    """What lies within a sheet of paper, which is given at 1/`scale` of the size of (H, W, C), seen from above."""
+    right, down = (sheet - sheet.mean(0)).T
+    corners = sheet[np.argsort(np.arctan2(down, right))] * scale  # clockwise
+    corners = np.roll(corners, -int(corners.sum(1).argmin()), axis=0)  # from the upper left
+    sides = np.linalg.norm(corners - np.roll(corners, -1, axis=0), axis=1)
+    width, height = (sides[:2] + sides[2:]) / 2
     # A little less than all: what lies under the sheet must not show at its edges.
-    rows, columns = (
-        slice(max(0, int(middle - 0.46 * extent)), int(middle + 0.46 * extent) + 1)
-        for middle, extent in ((y, height), (x, width))
-    )
-    return turned[rows, columns].reshape(len(turned[rows]), -1, values.shape[2])
+    target = np.array([[0, 0], [width, 0], [width, height], [0, height]]) - 0.04 * np.array([width, height])
+    view = cv2.getPerspectiveTransform(corners.astype(np.float32), target.astype(np.float32))
+    size = int(0.92 * width) + 1, int(0.92 * height) + 1
+    seen = cv2.warpPerspective(values, view, size, borderMode=cv2.BORDER_REPLICATE)
+    return seen.reshape(size[1], size[0], values.shape[2])
 
 
 def _digit_parts(mask: Mask, strength: Grey) -> Mask:

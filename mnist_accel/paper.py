@@ -13,25 +13,39 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     """Where there is dark ink, how much darker than the paper each pixel is (see `_ink_strength`), and its noise."""
     strength, noise = _ink_strength(smooth, tight)
     mask = inked(strength, noise)
-    # Shadows are cast from outside the image; of a digit's strokes in a close crop, only their ends touch its edges.
-    if tight or _share_of_edges(mask) < 0.06:
+    if tight:
         return mask, strength, noise
-    size = round(0.85 * BROAD * max(mask.shape))
-    broad = cv2.morphologyEx(mask, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
     # Ink is darker than the shadows around it, and a broad pen's strokes are as dark where they are narrow.
     narrow, narrow_noise = _ink_strength(smooth, tight, _closed(smooth, tight, BROAD))
     strokes = inked(narrow, narrow_noise)
-    if strokes.any():  # without the shadows' corners, which are fainter
-        inside = narrow[strokes > 0]
-        strokes &= narrow > 0.5 * np.median(inside[inside >= otsu_level(inside)])
+    if not strokes.any():
+        return mask, strength, noise
+    inside = narrow[strokes > 0]
+    is_dark = inside >= otsu_level(inside)
+    dark, faint = (float(np.median(part)) if part.size else 0.0 for part in (inside[is_dark], inside[~is_dark]))
+    strokes &= narrow > 0.5 * (dark + faint)
     rest = mask & ~grown(strokes, 3)
-    parts = Parts(mask)
-    shadow = broad & rest & parts.at_edge()[parts.labels]
-    if not strokes.any() or shadow.sum() <= 0.5 * rest.sum():
+    shadow = rest & _from_outside(smooth, rest)
+    only_specks = Parts(strokes).size[1:].max(initial=0) < 0.05 * max(mask.shape)
+    if only_specks or shadow.sum() <= 0.5 * rest.sum() or rest.sum() < 0.2 * strokes.sum():
         return mask, strength, noise
     if np.median(strength[strokes > 0]) < 1.4 * np.median(strength[shadow > 0]):
         return mask, strength, noise
     return strokes, narrow * grown(strokes, 5), narrow_noise
+
+
+def _from_outside(smooth: Grey, mask: Mask) -> Mask:
+    """The parts of a mask that shadows can be, as these are cast from outside the image.
+
+    They reach its edge, or a broad dark that does.
+    """
+    closed = _closed(smooth, False, 0.35)
+    broad = Parts((closed < 0.8 * np.median(closed)).astype(np.uint8))
+    outside = broad.at_edge()[broad.labels].astype(np.uint8)
+    outside[[0, -1]], outside[:, [0, -1]] = 1, 1
+    parts = Parts(mask)
+    reaching = np.unique(parts.labels[grown(outside, 9) > 0])
+    return np.isin(parts.labels, reaching[reaching > 0]).astype(np.uint8)
 
 
 def inked(strength: Grey, noise: float) -> Mask:

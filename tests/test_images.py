@@ -131,13 +131,54 @@ def on_a_desk(sheet: np.ndarray, degrees: float, share: float) -> np.ndarray:
     return cv2.warpAffine(sheet, turn, (width, height), desk.copy(), borderMode=cv2.BORDER_TRANSPARENT)
 
 
-def phone_shadow(pixels: np.ndarray) -> np.ndarray:
-    """The shadow of what takes the picture reaches in from below, and takes two fifths of the light."""
-    height, width = pixels.shape[:2]
-    corners = np.array([(0.4, 1.0), (0.44, 0.4), (0.68, 0.43), (0.7, 1.0)]) * (width, height)
-    shadow = cv2.fillPoly(np.zeros((height, width), np.float32), [np.int32(corners)], 1.0)
-    light = 1 - 0.4 * cv2.GaussianBlur(shadow, (0, 0), 0.015 * width)
+def seen_aslant(sheet: np.ndarray) -> np.ndarray:
+    """A sheet on a desk of streaky wood, photographed from where the person sits."""
+    height, width = sheet.shape[:2]
+    desk = on_a_desk(sheet[:1, :1], 0, 1 / (2 * max(height, width)))
+    corners = np.array([(0.5, 0.4), (1.5, 0.4), (1.85, 1.7), (0.15, 1.7)]) * (width, height)
+    ends = np.array([(0, 0), (width, 0), (width, height), (0, height)])
+    view = cv2.getPerspectiveTransform(np.float32(ends), np.float32(corners))
+    return cv2.warpPerspective(sheet, view, desk.shape[1::-1], desk, borderMode=cv2.BORDER_TRANSPARENT)
+
+
+def shaded(pixels: np.ndarray, shadow: np.ndarray, part: float = 0.4) -> np.ndarray:
+    """A shadow with soft edges takes this part of the light."""
+    light = 1 - part * cv2.GaussianBlur(shadow, (0, 0), 0.015 * pixels.shape[1])
     return np.rint(pixels * light[..., None]).astype(np.uint8)
+
+
+def phone_shadow(pixels: np.ndarray) -> np.ndarray:
+    """The shadow of what takes the picture reaches in from below."""
+    corners = np.array([(0.4, 1.0), (0.44, 0.4), (0.68, 0.43), (0.7, 1.0)]) * pixels.shape[1::-1]
+    return shaded(pixels, cv2.fillPoly(np.zeros(pixels.shape[:2], np.float32), [np.int32(corners)], 1.0))
+
+
+def hand_shadow(pixels: np.ndarray) -> np.ndarray:
+    """A palm's shadow at the lower edge, its fingers' over the digit."""
+    height, width = pixels.shape[:2]
+    shadow = cv2.ellipse(
+        np.zeros((height, width), np.float32), (width // 2, height), (width // 3, height // 3), 0, 0, 360, 1.0, -1
+    )
+    for x in (0.3, 0.43, 0.56, 0.69):
+        tip, root = (round(x * width), round(0.42 * height)), (width // 2, round(0.8 * height))
+        cv2.line(shadow, root, tip, 1.0, round(0.07 * width))
+    return shaded(pixels, shadow)
+
+
+def window_shadow(pixels: np.ndarray) -> np.ndarray:
+    """The shadows of a window's bars, a pen's stroke wide, cross the digit."""
+    height, width = pixels.shape[:2]
+    shadow = np.zeros((height, width), np.float32)
+    for start, end in (((0.3, 0), (0.6, 1)), ((0.75, 0), (0.35, 1)), ((0, 0.45), (1, 0.55))):
+        cv2.line(shadow, *(tuple(np.int32(np.multiply(at, (width, height))).tolist()) for at in (start, end)), 1.0, 14)
+    return shaded(pixels, shadow)
+
+
+def sunlit(pixels: np.ndarray) -> np.ndarray:
+    """The sun shines through a window onto a part of the paper and of the digit."""
+    height, width = pixels.shape[:2]
+    corners = np.array([(0.1, 0.15), (0.55, 0.1), (0.6, 0.6), (0.15, 0.65)]) * (width, height)
+    return shaded(pixels, 1 - cv2.fillPoly(np.zeros((height, width), np.float32), [np.int32(corners)], 1.0))
 
 
 def on_a_page(picture: np.ndarray, margin: int) -> np.ndarray:
@@ -214,6 +255,9 @@ VARIANTS = {
     "a sharp, deep shadow across the digit": lambda d: noise(sharp_shadow(paint(draw(d)), 40), 4),
     "a shadow's edge along a stem": lambda d: noise(sharp_shadow(paint(draw(d)), 175), 4),
     "a phone's shadow over a digit": lambda d: noise(phone_shadow(paint(draw(d, pen=0.06), (30, 40, 60))), 3),
+    "a hand's shadow over a digit": lambda d: noise(hand_shadow(paint(draw(d, pen=0.06), (30, 40, 60))), 3),
+    "the shadows of a window's bars": lambda d: noise(window_shadow(paint(draw(d, pen=0.06), (30, 40, 60))), 3),
+    "a patch of sunlight": lambda d: noise(sunlit(paint(draw(d, pen=0.06), (30, 40, 60))), 3),
     "a photo on a white page": lambda d: on_a_page(noise(lamp(paint(draw(d, pen=0.06), paper=(190, 185, 175))), 3), 30),
     "paper that ends beside the digit": lambda d: noise(beside_a_desk(paint(draw(d)), 0.35), 3),
     "a cell of a grid": lambda d: paint(in_a_grid(draw(d, size=0.5, pen=0.05))),
@@ -243,6 +287,7 @@ VARIANTS = {
     "specks": lambda d: paint(with_specks(draw(d))),
     "a sheet on a desk": lambda d: on_a_desk(paint(draw(d), (170, 40, 40)), 7, 0.5),
     "a sheet on a desk in a wide photo": lambda d: on_a_desk(paint(draw(d, 200, 360)), -6, 0.7),
+    "a sheet seen aslant": lambda d: seen_aslant(paint(draw(d, size=0.5))),
     "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
     "out of focus": lambda d: noise(cv2.GaussianBlur(paint(draw(d, size=0.75)), (0, 0), 12), 3),
