@@ -132,7 +132,7 @@ def _written_sheet(found: Mask) -> Sheet | None:
     area, radius = cv2.contourArea(outline), cv2.minEnclosingCircle(outline)[1]
     is_round = area > 0.9 * np.pi * radius**2
     of_rectangle, of_hull = area / (size[0] * size[1] + 1e-6), area / (cv2.contourArea(hull) + 1e-6)
-    four_sided = len(corners) == 4 and (of_rectangle >= 0.8 or of_hull > 0.9)
+    four_sided = len(corners) == 4 and (of_rectangle >= 0.8 or of_hull > 0.95)
     if min(size) < 0.1 * max(found.shape) or not (four_sided or is_round):
         return None
     sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
@@ -146,7 +146,7 @@ def _written_sheet(found: Mask) -> Sheet | None:
         return None
     if is_round:  # of a badge, the square within it
         return cv2.boxPoints((middle, (0.77 * size[0], 0.77 * size[1]), 0.0))
-    aslant = of_rectangle < 0.9 < of_hull
+    aslant = of_rectangle < 0.9 and of_hull > 0.95
     return corners[:, 0].astype(np.float32) if aslant else cv2.boxPoints((middle, size, degrees))
 
 

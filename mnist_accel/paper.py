@@ -26,12 +26,20 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     strokes &= narrow > 0.5 * (dark + faint)
     rest = mask & ~grown(strokes, 3)
     shadow = rest & _from_outside(smooth, rest)
-    only_specks = Parts(strokes).size[1:].max(initial=0) < 0.05 * max(mask.shape)
-    if only_specks or shadow.sum() <= 0.5 * rest.sum() or rest.sum() < 0.2 * strokes.sum():
+    if rest.sum() < 0.2 * strokes.sum() or shadow.sum() <= 0.5 * rest.sum() or not _holds_a_digit(strokes, rest):
         return mask, strength, noise
     if np.median(strength[strokes > 0]) < 1.4 * np.median(strength[shadow > 0]):
         return mask, strength, noise
     return strokes, narrow * grown(strokes, 5), narrow_noise
+
+
+def _holds_a_digit(strokes: Mask, rest: Mask) -> bool:
+    """Whether the darkest of what was found is more than specks, or a frame with the dark spots of a digit within."""
+    parts = Parts(strokes)
+    at_edge = int(parts.area[parts.at_edge()].sum())
+    inside = int(strokes.sum()) - at_edge
+    is_frame = at_edge > 0.3 * strokes.sum() and inside < 0.2 * rest.sum()
+    return parts.size[1:].max(initial=0) >= 0.05 * max(strokes.shape) and not is_frame
 
 
 def _from_outside(smooth: Grey, mask: Mask) -> Mask:

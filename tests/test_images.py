@@ -317,6 +317,14 @@ def test_a_blot_does_not_hide_a_pencil_s_digit():
     assert likeness(to_mnist(paint(blotted)), reference(5)) > 0.8
 
 
+def test_a_grids_line_darker_than_a_digit_that_the_edge_cuts_does_not_make_it_a_shadow():
+    ink = 0.5 * draw(7, at=(0.5, 0.22), pen=0.13)
+    whole = to_mnist(paint(ink))
+    cv2.circle(ink, (58, 52), 9, 0.9, -1)  # where the pen turned
+    cv2.line(ink, (190, 0), (188, 199), 1.0, 11)
+    assert likeness(to_mnist(noise(paint(ink), 3)), whole) > 0.8
+
+
 def test_all_parts_of_a_broken_digit_are_kept():
     ink = draw(5)
     ink[95:100] = 0
