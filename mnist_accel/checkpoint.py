@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mnist_accel.cli import UserError
+from mnist_accel.config import TrainConfig
 from mnist_accel.output import flush_folder
 
 STATE_NAME = "training_state.pt"
@@ -24,30 +25,21 @@ class TrainState:
 
     step: int = 0  # optimizer steps done; at the end of an epoch saved only after its evaluation is in `history`
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl so far
-    best_epoch: int = 0  # the epoch, from 1, that `best/` holds
-    best_accuracy: float = -1.0  # its evaluation accuracy, 0..1
-    epochs_without_improvement: int = 0
     loss_sum: float = 0.0  # cross-entropy summed over this epoch's images so far
     seconds: float = 0.0  # that this epoch has trained so far
 
-    def record_epoch(self, row: dict[str, Any], stopping_metric: str = "accuracy") -> bool:
-        """Take in the row of an ended epoch; returns whether it is the most accurate so far (the first of equals)."""
-        self.history.append(row)
-        self.loss_sum, self.seconds = 0.0, 0.0
-        is_best = row["eval_accuracy"] > self.best_accuracy
-        if is_best:
-            self.best_epoch, self.best_accuracy = row["epoch"], row["eval_accuracy"]
-        self.count_patience(stopping_metric)
-        return is_best
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the most accurate epoch so far, the first of equals: the one whose weights `best/` holds."""
+        return max(self.history, key=lambda row: row["eval_accuracy"])
 
-    def count_patience(self, stopping_metric: str) -> None:
-        """How many epochs ago the best one was, by this measure."""
-        scores = [-row["eval_loss"] if stopping_metric == "loss" else row["eval_accuracy"] for row in self.history]
-        self.epochs_without_improvement = len(scores) - 1 - scores.index(max(scores)) if scores else 0
-
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether `patience` epochs in a row (None: any number) have brought nothing better."""
-        return patience is not None and self.epochs_without_improvement >= patience
+    def out_of_patience(self, config: TrainConfig) -> bool:
+        """Whether as many epochs in a row as early stopping waits for have brought nothing better."""
+        if config.early_stopping_patience is None or not self.history:
+            return False
+        by_loss = config.early_stopping_metric == "loss"
+        scores = [-row["eval_loss"] if by_loss else row["eval_accuracy"] for row in self.history]
+        return len(scores) - 1 - scores.index(max(scores)) >= config.early_stopping_patience
 
 
 def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int) -> None:

@@ -26,7 +26,7 @@ from mnist_accel.data import ImageData, Split, hub_dataset
 from mnist_accel.distributed import describe_device
 from mnist_accel.evaluation import Evaluation
 from mnist_accel.model_card import model_card
-from mnist_accel.models import CONFIG_NAME, DigitClassifier, model_files
+from mnist_accel.models import DigitClassifier, model_files
 from mnist_accel.output import replacing
 
 # What a checkpoint holds; by the options and the data's fingerprint it is known of which run it is.
@@ -233,10 +233,6 @@ class RunFolder:
             folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
             for file, content in files.items():
                 all_or_none.enter_context(replacing(folder / file)).write_bytes(content)
-
-    def add_facts(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> None:
-        """Write `best/` or `final/`, which holds this network, once more, with more facts in config.json and card."""
-        self.write_weights(name, model, json.loads((self.path / name / CONFIG_NAME).read_text()) | facts)
 
     def draw_figures(self, history: list[dict[str, Any]], split: Split, result: Evaluation) -> dict[str, np.ndarray]:
         """`figures/`; returns the pictures by name, uint8 (H, W, 3)."""

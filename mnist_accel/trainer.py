@@ -1,5 +1,6 @@
 """Training: set up, the one loop, and what is left on disk at its end."""
 
+import json
 import math
 import signal
 import time
@@ -22,7 +23,7 @@ from mnist_accel.hub import upload_folder
 from mnist_accel.loader import ResidentLoader, hold_out, label_targets
 from mnist_accel.micro_batch import allocate_gradients, halvings_to_fit
 from mnist_accel.model_card import describe
-from mnist_accel.models import DigitClassifier, build_model, load_model
+from mnist_accel.models import CONFIG_NAME, DigitClassifier, build_model, load_model
 from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
 from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
@@ -83,7 +84,6 @@ class Trainer:
         self.loss_sum = torch.tensor(self.state.loss_sum if self.is_main else 0.0, dtype=precision, device=device)
         self.best: dict[str, bytes] = checkpoint["best_files"] if checkpoint else {}  # what `best/` holds
         if checkpoint:
-            self.state.count_patience(config.early_stopping_metric)
             self._restore(checkpoint)
         self.check_interval = 1 if device.type == "cpu" else ACCELERATOR_CHECK_INTERVAL
         self.evaluation: Evaluation | None = None  # the newest
@@ -103,10 +103,10 @@ class Trainer:
         accumulates = accelerator.gradient_accumulation_steps > 1
         if accumulates:
             allocate_gradients(self.network)
-        stop_signal, patience = 0, config.early_stopping_patience
+        stop_signal = 0
         self._started = time.perf_counter()
         with StopSignals() as signals:
-            while state.step < self.last_step and not state.out_of_patience(patience) and not stop_signal:
+            while state.step < self.last_step and not state.out_of_patience(config) and not stop_signal:
                 epoch, first_step = divmod(state.step, loader.steps_per_epoch)
                 self.reporter.start_epoch(epoch, first_step * config.batch_size, loader.num_images)
                 self.model.train()
@@ -210,29 +210,29 @@ class Trainer:
         seconds = self._clock()
         self._refuse_non_finite(train_loss, state.step)
         result = self._evaluate()
-        is_best = state.record_epoch(
-            {
-                "epoch": epoch,
-                "step": state.step,
-                "train_loss": round(train_loss, 6),
-                "eval_loss": round(result.loss, 6),
-                "eval_accuracy": result.accuracy,
-                "learning_rate": self._rate(state.step),
-                "train_seconds": round(seconds, 3),
-                "images_per_second": round(done / seconds, 1),
-            },
-            self.config.early_stopping_metric,
-        )
+        row = {
+            "epoch": epoch,
+            "step": state.step,
+            "train_loss": round(train_loss, 6),
+            "eval_loss": round(result.loss, 6),
+            "eval_accuracy": result.accuracy,
+            "learning_rate": self._rate(state.step),
+            "train_seconds": round(seconds, 3),
+            "images_per_second": round(done / seconds, 1),
+        }
+        state.history.append(row)
+        state.loss_sum, state.seconds = 0.0, 0.0
+        best, is_best = state.best, state.best is row
         self.reporter.say(
             f"{self.eval_name.capitalize()} set: {result.as_line()}, epoch {epoch}"
-            + (" - new best" if is_best else f" - best so far {state.best_accuracy:.2%} in epoch {state.best_epoch}")
+            + (" - new best" if is_best else f" - best so far {best['eval_accuracy']:.2%} in epoch {best['epoch']}")
         )
         with together(self.accelerator):
             if self.is_main:
                 if is_best:
                     self.best = self._write_weights("best", self.eval_name, result)
                 self.folder.write_metrics(state.history)
-                self.reporter.log_row(state.history[-1], unfinished)
+                self.reporter.log_row(row, unfinished)
         self.loss_sum.zero_()
         self._started = time.perf_counter()
         if not unfinished:
@@ -292,29 +292,31 @@ class Trainer:
         result = self.evaluation or self._evaluate()  # of the last step; an ended run that is resumed has none yet
         if self.eval_name != "test":
             result, _ = evaluate_on_all_ranks(self.accelerator, self.evaluated_network, test)
+        best = state.best
         final = {"final": True, "step": state.step, "test_loss": round(result.loss, 6)}
-        final |= {"test_accuracy": result.accuracy, "best_epoch": state.best_epoch}
+        final |= {"test_accuracy": result.accuracy, "best_epoch": best["epoch"]}
         with together(self.accelerator):
             if self.is_main:
                 self._write_weights("final", "test", result)
                 if config.validation_size:  # on this process alone: a second's work
-                    best = load_model(self.folder.path / "best")
-                    best_result = evaluate([best], test, self.data.class_names, self.accelerator.device)
+                    model = load_model(self.folder.path / "best")
+                    best_result = evaluate([model], test, self.data.class_names, self.accelerator.device)
                     final["best_test_accuracy"] = best_result.accuracy
-                    self.folder.add_facts("best", best, {"test_accuracy": best_result.accuracy})
+                    facts = json.loads(self.best[CONFIG_NAME]) | {"test_accuracy": best_result.accuracy}
+                    self.folder.write_weights("best", model, facts)
                     self.reporter.say(f"Test set: {result.as_line()}, last weights; {best_result.as_line()}, best")
                 self.folder.write_metrics([*state.history, final])
                 for name, picture in self.folder.draw_figures(state.history, test, result).items():
                     self.reporter.log_picture(name, picture, state.step + 1)
                 self.reporter.log_row(final)
-        if state.out_of_patience(config.early_stopping_patience):
-            metric, patience = config.early_stopping_metric, config.early_stopping_patience
-            self.reporter.say(f"Stopped early: no better {metric} in {patience} epochs")
-        self.reporter.say(f"Best epoch: {state.best_epoch} ({self.eval_name} accuracy {state.best_accuracy:.2%})")
-        self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
-        with together(self.accelerator):
-            if self.is_main and config.push_to_hub:
-                self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', config.push_to_hub)}")
+                if state.out_of_patience(config):
+                    metric, patience = config.early_stopping_metric, config.early_stopping_patience
+                    self.reporter.say(f"Stopped early: no better {metric} in {patience} epochs")
+                accuracy = f"{self.eval_name} accuracy {best['eval_accuracy']:.2%}"
+                self.reporter.say(f"Best epoch: {best['epoch']} ({accuracy})")
+                self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
+                if config.push_to_hub:
+                    self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', config.push_to_hub)}")
         return self._end(0)
 
     def _stop(self, stop_signal: int) -> int:
@@ -326,9 +328,8 @@ class Trainer:
         return self._end(128 + stop_signal)
 
     def _end(self, status: int) -> int:
-        with together(self.accelerator):
-            if self.is_main:
-                self.folder.release()
+        if self.is_main:
+            self.folder.release()
         self.accelerator.end_training()
         return status
 

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from mnist_accel.checkpoint import (
     write_checkpoint,
 )
 from mnist_accel.cli import UserError
+from mnist_accel.config import TrainConfig
 
 
 def names(folder: Path) -> list[str]:
@@ -203,15 +203,12 @@ def test_a_path_without_a_checkpoint_is_told_with_the_way_on(tmp_path):
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("metric, counts", [("accuracy", [0, 0, 1, 2, 3]), ("loss", [0, 1, 0, 1, 0])])
-@pytest.mark.parametrize("resumed", [False, True])
-def test_early_stopping_counts_from_the_first_best_epoch_of_its_measure(metric, counts, resumed):
-    state, counted, best = TrainState(), [], []
-    for epoch, (accuracy, loss) in enumerate([(0.5, 1.0), (0.8, 1.2), (0.8, 0.9), (0.7, 0.9), (0.75, 0.8)], 1):
-        if resumed:
-            state = TrainState(**asdict(state))
-        best.append(state.record_epoch({"epoch": epoch, "eval_accuracy": accuracy, "eval_loss": loss}, metric))
-        counted.append(state.epochs_without_improvement)
-        state.count_patience("accuracy")  # as resumed with the other measure, and then with this one again
-    assert counted == counts
-    assert best == [True, True, False, False, False] and (state.best_epoch, state.best_accuracy) == (2, 0.8)
+@pytest.mark.parametrize("metric, ends_after", [("accuracy", [3, 4, 5]), ("loss", [2, None, None])])
+def test_early_stopping_counts_from_the_first_best_epoch_of_its_measure(metric, ends_after):
+    epochs = [(0.5, 1.0), (0.8, 1.2), (0.8, 0.9), (0.7, 0.9), (0.75, 0.8)]
+    rows = [{"epoch": n, "eval_accuracy": one, "eval_loss": other} for n, (one, other) in enumerate(epochs, 1)]
+    states = [TrainState(history=rows[:count]) for count in range(len(rows) + 1)]
+    for patience, expected in enumerate(ends_after, 1):
+        config = TrainConfig(early_stopping_metric=metric, early_stopping_patience=patience)
+        assert next((len(state.history) for state in states if state.out_of_patience(config)), None) == expected
+    assert [state.best["epoch"] for state in states[1:]] == [1, 2, 2, 2, 2]

@@ -289,7 +289,6 @@ def test_early_stopping_ends_after_so_many_epochs_without_a_new_best(small_datas
 def test_the_counter_of_early_stopping_survives_a_resume(small_dataset, tmp_path):
     options = ["--epochs", "9", "--learning-rate", "0", "--early-stopping-patience", "3"]
     folder = run(small_dataset, tmp_path / "run", *options, "--max-steps", str(3 * STEPS))
-    assert read_checkpoint(folder / "checkpoints" / "step_00000030")["state"]["epochs_without_improvement"] == 2
     run(small_dataset, folder, *options, "--resume", "auto")
     assert [row.get("epoch") for row in rows(folder)] == [1, 2, 3, 4, None]
 
@@ -306,7 +305,6 @@ def test_early_stopping_may_watch_the_loss_also_across_a_resume(small_dataset, t
     options = ["--epochs", "9", "--learning-rate", "0", "--early-stopping-patience", "2"]
     options += ["--early-stopping-metric", "loss"]
     folder = run(small_dataset, tmp_path / "run", *options, "--max-steps", str(4 * STEPS))
-    assert read_checkpoint(folder / "checkpoints" / "step_00000040")["state"]["epochs_without_improvement"] == 1
     run(small_dataset, folder, *options, "--resume", "auto")
     *epochs, final = rows(folder)
     assert [row["epoch"] for row in epochs] == [1, 2, 3, 4, 5] and final["best_epoch"] == 1
