@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from PIL import Image
 
 from mnist_accel import figures
 from mnist_accel.checkpoint import STATE_NAME, complete_checkpoints, read_checkpoint
@@ -43,10 +42,11 @@ def choose_folder(config: TrainConfig) -> Path:
 
 def _claimed(path: Path) -> Path:
     """A new folder of this name; where another run that started in the same second has it, with a number behind it."""
-    for name in chain([path.name], (f"{path.name}-{number}" for number in count(2))):
+    for number in count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         with suppress(FileExistsError):
-            path.with_name(name).mkdir(parents=True)
-            return path.with_name(name)
+            folder.mkdir(parents=True)
+            return folder
     raise AssertionError("there is always a next number")
 
 
@@ -98,19 +98,20 @@ class RunFolder:
             UserError: the folder holds another run, another process trains in it, nothing is there to resume, it is of
                 other options or data, or it is beyond the run's last step.
         """
-        existed = self.path.is_dir()
-        if existed:
-            self._lock()  # before looking: a run that is being stopped still writes
+        is_new = not self.path.exists()
+        with _user_error(self.path):
+            if _given_folder(config) is None:
+                self.path = _claimed(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()  # before looking: a run that is being stopped still writes
         try:
-            checkpoint = self._begin(config, fingerprint, last_step)
-        except UserError:
-            self.release()  # what is refused is left as it was
+            return self._begin(config, fingerprint, last_step)
+        except UserError:  # what is refused is left as it was
+            self.release()
+            if is_new:
+                with suppress(OSError):
+                    self.path.rmdir()
             raise
-        if not existed:
-            self._lock()
-            if any((self.path / name).exists() for name in OWN_NAMES):
-                raise UserError(f"another training began in {self.path} at the same time: choose another --output-dir")
-        return checkpoint
 
     def release(self) -> None:
         """The run is over: nothing but what it leaves stays in the folder."""
@@ -118,14 +119,10 @@ class RunFolder:
             (self.path / LOCK_NAME).unlink()
 
     def _begin(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
-        if _given_folder(config) is None:
-            if config.resume:
-                print("warning: --resume auto finds nothing without --output-dir: a run of its own begins", flush=True)
-            with _user_error(self.path):
-                self.path = _claimed(self.path)
-            return None
         candidates = []
         if config.resume == "auto":
+            if not config.output_dir:
+                print("warning: --resume auto finds nothing without --output-dir: a run of its own begins", flush=True)
             candidates = complete_checkpoints(self.checkpoints)
         elif config.resume is not None:
             resumed = Path(config.resume).expanduser()
@@ -156,8 +153,6 @@ class RunFolder:
                 f"the checkpoint is of step {checkpoint['state']['step']}, and {last_step} steps are asked for: give "
                 "more --epochs or --max-steps, or another --output-dir"
             )
-        with _user_error(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
         return checkpoint
 
     def _lock(self) -> None:
@@ -204,21 +199,16 @@ class RunFolder:
             "dataset_source": data.source,
             "dataset_fingerprint": data.fingerprint,
             "world_size": accelerator.num_processes,
-            "micro_batches": accelerator.gradient_accumulation_steps,
             "mixed_precision": accelerator.mixed_precision,
             "device": describe_device(accelerator),
             "versions": {"torch": str(torch.__version__)}
             | {name: version(name) for name in ("mnist-accel", "accelerate", "datasets")},
         }
-        path = self.path / "config.yaml"
-        with _user_error(path), replacing(path) as temporary:
-            temporary.write_text(yaml.safe_dump(content, sort_keys=False))
+        self.write_files("", {"config.yaml": yaml.safe_dump(content, sort_keys=False).encode()})
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """`metrics.jsonl`, whole: rows come from the training state, so a resumed run neither doubles nor loses any."""
-        path = self.path / "metrics.jsonl"
-        with _user_error(path), replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.write_files("", {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()})
 
     def write_weights(self, name: str, model: DigitClassifier, facts: dict[str, Any]) -> dict[str, bytes]:
         """`best/` or `final/`: safetensors, config.json and the model card; returns each file's content by its name."""
@@ -227,28 +217,23 @@ class RunFolder:
         return files
 
     def write_files(self, name: str, files: dict[str, bytes]) -> None:
-        """A folder of the run's with these files, name to content, each replaced whole."""
+        """Files of the run's folder, or of the folder `name` in it, name to content, each replaced whole."""
         folder = self.path / name
         with _user_error(folder), ExitStack() as all_or_none:  # each takes its place only once all are written
-            folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
+            if name:  # a run's own folder that has gone is not made again
+                folder.mkdir(exist_ok=True)
             for file, content in files.items():
                 all_or_none.enter_context(replacing(folder / file)).write_bytes(content)
 
     def draw_figures(self, history: list[dict[str, Any]], split: Split, result: Evaluation) -> dict[str, np.ndarray]:
         """`figures/`; returns the pictures by name, uint8 (H, W, 3)."""
-        names = result.class_names
-        pictures = {
-            "curves": figures.draw_curves(history),
-            "confusion_matrix": figures.draw_confusion_matrix(result.confusion, names),
-            "mistakes": figures.draw_mistakes(split.images, split.labels, result.probabilities, names),
+        folder, names = self.path / "figures", result.class_names
+        answers = split.images, split.labels, result.probabilities, names
+        return {
+            "curves": figures.draw_curves(history, folder / "curves.png"),
+            "confusion_matrix": figures.draw_confusion_matrix(result.confusion, names, folder / "confusion_matrix.png"),
+            "mistakes": figures.draw_mistakes(*answers, folder / "mistakes.png"),
         }
-        folder = self.path / "figures"
-        with _user_error(folder):
-            folder.mkdir(exist_ok=True)
-            for name, picture in pictures.items():
-                with replacing(folder / f"{name}.png") as temporary:
-                    Image.fromarray(picture).save(temporary, format="PNG")
-        return pictures
 
 
 def _newest_readable(candidates: list[Path]) -> dict[str, Any] | None:
