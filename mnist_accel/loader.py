@@ -86,9 +86,8 @@ class ResidentLoader:
         self.labels = split.labels.to(device)
         self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
         self.dropout, self.features = dropout, features
-        share = batch_size // num_processes
-        size = share // micro_batches
-        self.slices = [slice(rank * share + i * size, rank * share + (i + 1) * size) for i in range(micro_batches)]
+        self.share, self.micro_batches = batch_size // num_processes, micro_batches
+        self.first = rank * self.share
         self.num_images = len(self.labels)
         self.steps_per_epoch = -(-self.num_images // batch_size)
 
@@ -107,12 +106,13 @@ class ResidentLoader:
         # As all that is random, drawn for the global batch: on any number of processes an image gets the same.
         draws = draw(self.augmentation, self.batch_size, self.seed, step) if self.augmentation else {}
         kept = self._kept(step) if self.dropout else None
-        micro_batches = []
-        for part in self.slices:
+        micro_batches, micro_size = [], self.share // self.micro_batches
+        for start in range(self.first, self.first + self.share, micro_size):
+            part = slice(start, start + micro_size)
             images = self.images[indices[part]].unsqueeze(1).float().div_(255)
             labels = self.labels[indices[part]]
             if padding:
-                labels[max(0, size - part.start) :] = IGNORED_LABEL
+                labels[max(0, size - start) :] = IGNORED_LABEL
             if self.augmentation:
                 own = {name: tensor[part] for name, tensor in draws.items()}
                 images = distort(images, labels, self.augmentation, own)

@@ -30,7 +30,7 @@ class Reporter:
 
     def announce(self, data: ImageData, network: DigitClassifier, loader: ResidentLoader, evaluated: int) -> None:
         """What is about to run, on what: device, images, network, and how the global batch is shared out."""
-        config, processes, micro_batches = self.config, self.accelerator.num_processes, len(loader.slices)
+        config, processes, micro_batches = self.config, self.accelerator.num_processes, loader.micro_batches
         shares = {"processes": processes, "micro-batches": micro_batches}
         shares["images"] = config.batch_size // processes // micro_batches
         product = " x ".join(f"{count} {name}" for name, count in shares.items() if count > 1 or name == "images")

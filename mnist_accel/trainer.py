@@ -16,7 +16,7 @@ from mnist_accel.averaging import WeightAverage
 from mnist_accel.checkpoint import TrainState, complete_checkpoints, write_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import TrainConfig
-from mnist_accel.data import Split, load_data
+from mnist_accel.data import load_data
 from mnist_accel.distributed import StopSignals, agree, build_accelerator, choose_kernels, require_alike, together
 from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
 from mnist_accel.hub import upload_folder
@@ -67,13 +67,24 @@ class Trainer:
         self.network = build_model(config.model, self.data.class_names, config.dropout).to(device)
         self.network.to(memory_format=torch.channels_last)
         self.network.inverted = self.data.inverted
-        self.loader = self._build_loader(train_split)
+        self.loader = ResidentLoader(
+            train_split,
+            config.batch_size,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            micro_batches=self.accelerator.gradient_accumulation_steps,
+            seed=config.seed,
+            device=device,
+            augmentation=AUGMENTATIONS[config.augmentation] if config.augment else None,
+            dropout=config.dropout,
+            features=self.network.dropout.features,
+        )
         self.average = None if config.ema_decay is None else WeightAverage(self.network, config.ema_decay)
         self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config))
         if config.auto_batch_size:
             halvings = halvings_to_fit(self.accelerator, self.model, *next(self.loader.epoch(0)).micro_batches[0][:2])
             self.accelerator.gradient_accumulation_steps <<= halvings
-            self.loader = self._build_loader(train_split)
+            self.loader.micro_batches <<= halvings
 
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
@@ -332,19 +343,3 @@ class Trainer:
             self.folder.release()
         self.accelerator.end_training()
         return status
-
-    # Setting up
-
-    def _build_loader(self, split: Split) -> ResidentLoader:
-        return ResidentLoader(
-            split,
-            self.config.batch_size,
-            rank=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-            micro_batches=self.accelerator.gradient_accumulation_steps,
-            seed=self.config.seed,
-            device=self.accelerator.device,
-            augmentation=AUGMENTATIONS[self.config.augmentation] if self.config.augment else None,
-            dropout=self.config.dropout,
-            features=self.network.dropout.features,
-        )
