@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 MODEL_HELP = (
@@ -139,11 +139,6 @@ def launched_processes() -> str:
     return next(filter(None, map(os.environ.get, sizes)), "1")
 
 
-def _speaks_for_its_machine() -> bool:
-    """Whether this is the first of its machine's processes: a mistake in one machine's command is told there."""
-    return os.environ.get("LOCAL_RANK") == "0"
-
-
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its status; a `UserError` becomes one line and status 2.
 
@@ -160,24 +155,20 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except UserError as error:
-        status = _report(str(error), anyone=_speaks_for_its_machine() and not isinstance(error, SharedError))
+        is_own = os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, SharedError)
+        status = _report(str(error), anyone=is_own)
     except RuntimeError as error:
         status = _report(_known_cause(error), anyone=True)
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone
+        status = 141
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            status = _report(f"{error.strerror}: {error.filename}; give a shorter one")
-        elif error.errno in (errno.EPIPE, errno.ENOSPC):
-            # The reader of our output (`| head`) has gone, or the disk it goes to is full; Python would complain once
-            # more when it flushes at exit.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            if error.errno == errno.EPIPE:
-                os.dup2(nowhere, sys.stderr.fileno())  # which `2>&1 | head` has taken along
-                status = 141
-            else:
-                status = _report(f"cannot write the output: {error.strerror}; make room")
-        else:
+        told = {
+            errno.ENAMETOOLONG: f"{error.strerror}: {error.filename}; give a shorter one",
+            errno.ENOSPC: f"cannot write the output: {error.strerror}; make room",
+        }
+        if error.errno not in told:
             raise
+        status = _report(told[error.errno])
     distributed = sys.modules.get("torch.distributed")
     # A process that fails alone ends at once: to leave the group it would wait for the others, and they for it.
     if status == 0 and distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -215,6 +206,7 @@ def _end_process(status: int) -> NoReturn:
     """
     threading._shutdown()  # type: ignore[attr-defined]  # what other threads still do is done
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # its reader has gone, or its disk is full
+            stream.flush()
     os._exit(status)

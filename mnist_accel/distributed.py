@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -199,34 +199,30 @@ def agree(accelerator: Accelerator, loss: Tensor, received_signal: int) -> tuple
     return losses.sum().item(), int(received.max())
 
 
-class StopSignals:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a request that the training loop reads between two steps.
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a number that the training loop asks for between two steps, 0 for none.
 
-    In a thread beside the main one, where Python allows no handlers, signals do what they did before.
-
-    The handler only notes the signal, so that nothing is torn in the middle; a second Ctrl-C stops at once.
+    So nothing is torn in the middle; a second Ctrl-C stops at once. In a thread beside the main one, where Python
+    allows no handlers, signals do what they did before.
     """
+    received = 0
 
-    HANDLED = tuple(
-        getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-    )  # Windows has no SIGUSR1
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __enter__(self) -> "StopSignals":
-        handled = self.HANDLED if threading.current_thread() is threading.main_thread() else ()
-        self._previous = {number: signal.signal(number, self._handle) for number in handled}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT == self.received:
+    def note(number: int, _frame: FrameType | None) -> None:
+        nonlocal received
+        if received == number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = self.received or number
+        received = received or number
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    names = ("SIGTERM", "SIGINT", "SIGUSR1") if in_main_thread else ()
+    handled = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGUSR1
+    previous = {number: signal.signal(number, note) for number in handled}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def describe_device(accelerator: Accelerator) -> str:

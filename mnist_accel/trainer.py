@@ -17,7 +17,7 @@ from mnist_accel.checkpoint import TrainState, complete_checkpoints, write_check
 from mnist_accel.cli import UserError
 from mnist_accel.config import TrainConfig
 from mnist_accel.data import load_data
-from mnist_accel.distributed import StopSignals, agree, build_accelerator, choose_kernels, require_alike, together
+from mnist_accel.distributed import agree, build_accelerator, choose_kernels, require_alike, stop_signals, together
 from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
 from mnist_accel.hub import upload_folder
 from mnist_accel.loader import ResidentLoader, hold_out, label_targets
@@ -116,7 +116,7 @@ class Trainer:
             allocate_gradients(self.network)
         stop_signal = 0
         self._started = time.perf_counter()
-        with StopSignals() as signals:
+        with stop_signals() as received_signal:
             while state.step < self.last_step and not state.out_of_patience(config) and not stop_signal:
                 epoch, first_step = divmod(state.step, loader.steps_per_epoch)
                 self.reporter.start_epoch(epoch, first_step * config.batch_size, loader.num_images)
@@ -132,7 +132,7 @@ class Trainer:
                             if accelerator.sync_gradients:
                                 if (state.step + 1) % self.check_interval == 0:
                                     # A sum once not finite stays so: it tells of every step since the last check.
-                                    loss_sum, stop_signal = agree(accelerator, self.loss_sum, signals.received)
+                                    loss_sum, stop_signal = agree(accelerator, self.loss_sum, received_signal())
                                     self._refuse_non_finite(loss_sum, state.step + 1)
                                 if config.max_grad_norm:
                                     accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
