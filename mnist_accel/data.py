@@ -14,7 +14,6 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -241,21 +240,19 @@ def _cached(name: str, key: list[Any], make: Callable[[], ImageData]) -> ImageDa
 
 
 def _write_cache(file: Path, name: str, data: ImageData) -> None:
+    from mnist_accel.output import replacing  # which imports Pillow
+
     tensors = {f"{split}_{kind}": tensor for split in SPLITS for kind, tensor in vars(getattr(data, split)).items()}
     remarks = data.source.removeprefix(name)
     facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "remarks": remarks}
     facts["inverted"] = json.dumps(data.inverted)
-    unfinished = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(save(tensors, facts))
-        unfinished.replace(file)
+        with replacing(file) as unfinished:
+            unfinished.write_bytes(save(tensors, facts))
     except OSError as error:
         if is_first_rank():
             print(f"warning: cannot keep the decoded images in {file.parent} ({error}): set HF_HOME", file=sys.stderr)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def _read_cache(file: Path, name: str) -> ImageData | None:

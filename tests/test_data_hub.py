@@ -173,7 +173,7 @@ def test_a_hub_that_fails_in_the_middle_of_the_download_is_an_error_within_secon
     # A body that breaks off is asked for again from there on, which is progress; the same request is made only twice.
     assert fault == "cut" or max(Counter(downloads(hub)).values()) <= 2
     assert "\n" not in error
-    assert not list((home / "mnist_accel").glob("*.partial"))
+    assert not list((home / "mnist_accel").glob("*.tmp"))
     hub.fault = lambda path: ""
     assert worker.load(f"test/dies-{fault}")["images"] == 6
 
@@ -230,6 +230,6 @@ def test_a_start_that_is_killed_in_the_download_leaves_nothing_behind_that_a_lat
     killed.process.terminate()
     killed.close()
     assert set((home / "mnist_accel").glob("*.safetensors")) == before
-    assert not list((home / "mnist_accel").glob("*.partial"))
+    assert not list((home / "mnist_accel").glob("*.tmp"))
     hub.fault = lambda path: ""
     assert worker.load("test/killed")["images"] == 6
