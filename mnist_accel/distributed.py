@@ -10,7 +10,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,9 +26,7 @@ from mnist_accel.config import FIRST_PROCESS_ONLY
 from mnist_accel.image_files import usable_cores
 
 
-def build_accelerator(
-    gradient_accumulation_steps: int = 1, report_to: str = "none", project_dir: Path | None = None
-) -> Accelerator:
+def build_accelerator(gradient_accumulation_steps: int = 1, report_to: str = "none") -> Accelerator:
     """The Accelerator for this process, after checking that the launcher and Accelerate see the same processes.
 
     Raises:
@@ -48,21 +45,20 @@ def build_accelerator(
                 f"{plugin} is not supported, as a network of a megabyte gains nothing from being split up: launch "
                 "with --multi_gpu, or run `accelerate config` without it"
             )
-    trackers = None if report_to == "none" else report_to
     warnings.filterwarnings("ignore", message="`log_with=.* was passed but no supported trackers")  # refused below
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=gradient_accumulation_steps,
-            log_with=trackers,
-            project_dir=project_dir,
+            log_with=None if report_to == "none" else report_to,
+            project_dir=".",  # where trackers write is known, and set, once the run's folder is there
             # Gradients that live in the communication buckets save one copy a step.
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:
         # Accelerate's own refusals are about the launch: bf16 without hardware for it, an unknown tracker ...
         raise UserError(f"Accelerate cannot start so: {error}") from error
-    if trackers and not accelerator.log_with:
-        raise UserError(f"--report-to {trackers}: its package is not installed; install it, or use --report-to none")
+    if report_to != "none" and not accelerator.log_with:
+        raise UserError(f"--report-to {report_to}: its package is not installed; install it, or use --report-to none")
     asked_for = launched_processes()
     if asked_for != str(accelerator.num_processes):
         raise UserError(

@@ -61,7 +61,7 @@ class Reporter:
         """
         if self.config.report_to == "none":
             return
-        self.accelerator.project_configuration.set_directories(str(folder))
+        self.accelerator.project_configuration.logging_dir = str(folder)
         tensorboard = self.config.report_to == "tensorboard"
         self.accelerator.init_trackers(
             "tensorboard" if tensorboard else "mnist_accel",

@@ -44,7 +44,7 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.folder = RunFolder(choose_folder(config))
-        self.accelerator = build_accelerator(config.gradient_accumulation_steps, config.report_to, self.folder.path)
+        self.accelerator = build_accelerator(config.gradient_accumulation_steps, config.report_to)
         self.reporter = Reporter(self.accelerator, config)
         self.is_main = self.accelerator.is_main_process
         device = self.accelerator.device

@@ -202,6 +202,14 @@ def test_tensorboard_has_scalars_of_steps_and_epochs_and_the_pictures(plain):
     assert {"curves", "confusion_matrix", "mistakes"} <= set(events.Tags()["images"])
 
 
+def test_tensorboard_goes_into_the_folder_that_a_run_of_a_taken_name_gets(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mnist_accel.run_folder.time.strftime", lambda _: "now")
+    Path("runs/now").mkdir(parents=True)
+    run(small_dataset, tmp_path, "--max-steps", "1", "--report-to", "tensorboard", "--output-dir", "")
+    assert any(Path("runs/now-2/tensorboard").iterdir()) and not any(Path("runs/now").iterdir())
+
+
 def test_without_a_tracker_there_is_no_tensorboard_folder(small_dataset, tmp_path):
     run(small_dataset, tmp_path / "run", "--max-steps", "1", "--report-to", "none")
     assert not (tmp_path / "run" / "tensorboard").exists()
