@@ -53,9 +53,7 @@ class ResidentLoader:
     which compiled models and CUDA graphs need.
 
     Args:
-        split: the training images.
         batch_size: images a global batch, over all processes and micro-batches.
-        rank, num_processes: which share is this process's.
         micro_batches: how many parts (gradient accumulation steps) that share is split into.
         dropout, features: which part of so many numbers an image is dropped before a network's last layer.
 

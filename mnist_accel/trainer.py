@@ -23,7 +23,7 @@ from mnist_accel.hub import upload_folder
 from mnist_accel.loader import ResidentLoader, hold_out, label_targets
 from mnist_accel.micro_batch import allocate_gradients, halvings_to_fit
 from mnist_accel.model_card import describe
-from mnist_accel.models import CONFIG_NAME, DigitClassifier, build_model, load_model
+from mnist_accel.models import CONFIG_NAME, build_model, load_model
 from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
 from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
@@ -80,6 +80,7 @@ class Trainer:
             features=self.network.dropout.features,
         )
         self.average = None if config.ema_decay is None else WeightAverage(self.network, config.ema_decay)
+        self.evaluated_network = self.average.model if self.average else self.network  # and the one that is kept
         self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config))
         if config.auto_batch_size:
             halvings = halvings_to_fit(self.accelerator, self.model, *next(self.loader.epoch(0)).micro_batches[0][:2])
@@ -264,16 +265,14 @@ class Trainer:
         """Rank 0 reads the checkpoint, if any, and tells the others, which may not share its disk."""
         precision = {"mixed_precision": self.accelerator.mixed_precision}
         require_alike(self.config.options() | {"dataset": self.data.fingerprint} | precision)
-        checkpoint: list[Any] = [None]
+        checkpoint = None
         with together(self.accelerator):
             if self.is_main:
-                checkpoint[0] = self.folder.open(self.config, self.data.fingerprint, self.last_step)
-                self.reporter.warn_of_other_precision(checkpoint[0])
+                checkpoint = self.folder.open(self.config, self.data.fingerprint, self.last_step)
+                self.reporter.warn_of_other_precision(checkpoint)
                 self.folder.write_config(self.config, self.data, self.accelerator)
-            resumed_step = checkpoint[0]["state"]["step"] if checkpoint[0] else None
-            self.reporter.start_trackers(self.folder.path, resumed_step)
-        broadcast_object_list(checkpoint)
-        return checkpoint[0]
+            self.reporter.start_trackers(self.folder.path, checkpoint["state"]["step"] if checkpoint else None)
+        return broadcast_object_list([checkpoint])[0]
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         with together(self.accelerator):
@@ -285,11 +284,6 @@ class Trainer:
             self.average.model.load_state_dict(checkpoint["average"])
         if self.accelerator.scaler and checkpoint["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
-
-    @property
-    def evaluated_network(self) -> DigitClassifier:
-        """The network that is evaluated and kept: the averaged one where there is one."""
-        return self.average.model if self.average else self.network
 
     def _write_weights(self, name: str, split_name: str, result: Evaluation) -> dict[str, bytes]:
         facts = describe(self.config, self.data.fingerprint, split_name, result, self.state.history[-1])
