@@ -22,7 +22,6 @@ MODEL_NAMES = ("mnist_net", "fast_net", "compact_net", "residual_net", "deep_net
 OPTIMIZER_NAMES = ("adam", "adamw", "sgd")
 SCHEDULER_NAMES = ("constant", "linear", "cosine", "onecycle")
 AUGMENTATION_NAMES = ("affine", "elastic", "handwriting")
-STOPPING_METRICS = ("accuracy", "loss")
 
 SWITCH = argparse.BooleanOptionalAction
 # What a run's config.yaml holds beside its options; ignored when the file is read back with --config.
@@ -85,7 +84,7 @@ class TrainConfig:
     non_digits: int = option(0, "pictures of no digit to train on, each class as likely for them", type=COUNT)
     validation_size: int = option(0, "training images held out to choose best/; 0: the test split does", type=COUNT)
     early_stopping_patience: int | None = option(None, "stop after N epochs without a new best", type=_COUNT_OR_OFF)
-    early_stopping_metric: str = option("accuracy", "what early stopping watches", choices=STOPPING_METRICS)
+    early_stopping_metric: str = option("accuracy", "what early stopping watches", choices=("accuracy", "loss"))
     max_steps: int | None = option(None, "stop after N steps; schedules still span all epochs", type=_COUNT_OR_OFF)
     checkpoint_every: int | str = option("epoch", "or a number of steps", type=number(int, 1, words={"epoch": "epoch"}))
     keep_checkpoints: int = option(2, "complete checkpoints to keep", type=POSITIVE)

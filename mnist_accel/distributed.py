@@ -144,7 +144,7 @@ def choose_kernels(deterministic: bool) -> None:
 
 
 @contextmanager
-def together(accelerator: Accelerator) -> Iterator[None]:
+def together() -> Iterator[None]:
     """Run a block that may fail on some ranks; then every rank raises the first failing rank's error, or none does.
 
     Without this a rank that fails would leave the others waiting for it in their next collective operation. Every rank

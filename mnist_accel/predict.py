@@ -77,14 +77,14 @@ def predict_folder(
             from mnist_accel.distributed import build_accelerator, together
             from mnist_accel.models import SHIPPED, load_model
         accelerator = build_accelerator()
-        with together(accelerator):
+        with together():
             if accelerator.is_main_process and not alone:
                 paths = look()
         # All processes work through the list that the first one saw, whatever happens in the folder meanwhile.
         source, paths = broadcast_object_list([model or default_model(), paths])
         if not alone:
             files = read(paths, accelerator.process_index, accelerator.num_processes)
-        with together(accelerator):
+        with together():
             network = load_model(source)
             classes = network.class_names
             label = partial(label_of, folder=folder, source=labels, class_names=classes)

@@ -14,7 +14,7 @@ from torch import nn
 from mnist_accel.augment import AUGMENTATIONS
 from mnist_accel.averaging import WeightAverage
 from mnist_accel.checkpoint import TrainState, complete_checkpoints, write_checkpoint
-from mnist_accel.cli import UserError
+from mnist_accel.cli import SharedError
 from mnist_accel.config import TrainConfig
 from mnist_accel.data import load_data
 from mnist_accel.distributed import agree, build_accelerator, choose_kernels, require_alike, stop_signals, together
@@ -51,7 +51,7 @@ class Trainer:
         choose_kernels(config.deterministic)
 
         for decodes in (True, False):  # one process of each machine, then the others from its cache
-            with together(self.accelerator):
+            with together():
                 if self.accelerator.is_local_main_process == decodes:
                     self.data = load_data(config.dataset)
         train_split, self.eval_split, self.eval_name = self.data.train, self.data.test, "test"
@@ -162,13 +162,12 @@ class Trainer:
     def _refuse_non_finite(self, loss_sum: float, step: int) -> None:
         if math.isfinite(loss_sum):
             return
-        with together(self.accelerator):
-            saved = max(complete_checkpoints(self.folder.checkpoints), default=None)
-            since = f"within the {self.check_interval} steps up to " if self.check_interval > 1 else "at "
-            raise UserError(
-                f"the loss is not finite {since}step {step}, at learning rate {self._rate(step):g}; last good "
-                f"checkpoint: {saved or 'none'}; start anew with a lower --learning-rate or --max-grad-norm 1"
-            )
+        saved = max(complete_checkpoints(self.folder.checkpoints), default="none")
+        since = f"within the {self.check_interval} steps up to " if self.check_interval > 1 else "at "
+        raise SharedError(
+            f"the loss is not finite {since}step {step}, at learning rate {self._rate(step):g}; last good checkpoint: "
+            f"{saved}; start anew with a lower --learning-rate or --max-grad-norm 1"
+        )
 
     def _total_loss(self) -> float:
         """The loss summed over this epoch's images so far, of all ranks; a collective operation."""
@@ -183,7 +182,7 @@ class Trainer:
     def _log_progress(self, epoch: int, rate: float) -> None:
         done = self._images_done()
         loss, speed = self._total_loss() / done, done / self._clock()
-        with together(self.accelerator):
+        with together():
             self.reporter.log_step(self.state.step, epoch, done, self.loader.num_images, loss, rate, speed)
 
     def _images_done(self) -> int:
@@ -198,7 +197,7 @@ class Trainer:
         finite = all(bool(weights.isfinite().all()) for weights in self.network.parameters())
         self._refuse_non_finite(self.state.loss_sum if finite else math.nan, self.state.step)
         self._clock()
-        with together(self.accelerator):
+        with together():
             if self.is_main:
                 scaler = self.accelerator.scaler
                 content = {
@@ -239,7 +238,7 @@ class Trainer:
             f"{self.eval_name.capitalize()} set: {result.as_line()}, epoch {epoch}"
             + (" - new best" if is_best else f" - best so far {best['eval_accuracy']:.2%} in epoch {best['epoch']}")
         )
-        with together(self.accelerator):
+        with together():
             if self.is_main:
                 if is_best:
                     self.best = self._write_weights("best", self.eval_name, result)
@@ -266,7 +265,7 @@ class Trainer:
         precision = {"mixed_precision": self.accelerator.mixed_precision}
         require_alike(self.config.options() | {"dataset": self.data.fingerprint} | precision)
         checkpoint = None
-        with together(self.accelerator):
+        with together():
             if self.is_main:
                 checkpoint = self.folder.open(self.config, self.data.fingerprint, self.last_step)
                 self.reporter.warn_of_other_precision(checkpoint)
@@ -275,7 +274,7 @@ class Trainer:
         return broadcast_object_list([checkpoint])[0]
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
-        with together(self.accelerator):
+        with together():
             if self.is_main and self.best:  # what lies in best/ may be of another course, or half there
                 self.folder.write_files("best", self.best)
         self.network.load_state_dict(checkpoint["model"])
@@ -300,7 +299,7 @@ class Trainer:
         best = state.best
         final = {"final": True, "step": state.step, "test_loss": round(result.loss, 6)}
         final |= {"test_accuracy": result.accuracy, "best_epoch": best["epoch"]}
-        with together(self.accelerator):
+        with together():
             if self.is_main:
                 self._write_weights("final", "test", result)
                 if config.validation_size:  # on this process alone: a second's work
