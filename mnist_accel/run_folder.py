@@ -98,7 +98,7 @@ class RunFolder:
             UserError: the folder holds another run, another process trains in it, nothing is there to resume, it is of
                 other options or data, or it is beyond the run's last step.
         """
-        is_new = not self.path.exists()
+        new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with _user_error(self.path):
             if _given_folder(config) is None:
                 self.path = _claimed(self.path)
@@ -108,9 +108,9 @@ class RunFolder:
             return self._begin(config, fingerprint, last_step)
         except UserError:  # what is refused is left as it was
             self.release()
-            if is_new:
-                with suppress(OSError):
-                    self.path.rmdir()
+            with suppress(OSError):
+                for folder in new_folders:
+                    folder.rmdir()
             raise
 
     def release(self) -> None:

@@ -111,6 +111,13 @@ def test_resume_auto_without_a_folder_says_that_it_starts_afresh(tmp_path, monke
     assert "finds nothing without --output-dir" in capsys.readouterr().out
 
 
+def test_a_refused_start_leaves_no_folder(tmp_path):
+    config = TrainConfig(resume=str(tmp_path / "typing" / "mistake"))
+    with pytest.raises(UserError, match="no checkpoint at"):
+        RunFolder(choose_folder(config)).open(config, "data", 100)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_without_the_rest_of_their_run_are_not_written_over(tmp_path):
     (tmp_path / "best").mkdir()
     with pytest.raises(UserError, match="already holds a run"):
