@@ -17,6 +17,7 @@ from mnist_accel.data import ImageData, Split, load_data
 from mnist_accel.distributed import use_all_cores
 from mnist_accel.models import DigitClassifier, load_model
 from mnist_accel.predict import default_model
+from mnist_accel.summary import confusion_lines
 
 
 def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 500) -> Tensor:
@@ -102,12 +103,7 @@ class Evaluation:
         for row in measures["per_class"]:
             precision, recall = ("-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall"))
             lines.append(f"{row['class']:{width}}  {row['images']:7,}  {precision:>9}  {recall:>7}")
-        cell = max(len(str(int(self.confusion.max()))), *(len(name[:7]) for name in self.class_names))
-        lines += ["", "confusion matrix (rows: true, columns: predicted)"]
-        lines.append(" " * width + "".join(f"  {name[:7]:>{cell}}" for name in self.class_names))
-        for name, counts in zip(self.class_names, self.confusion.tolist(), strict=True):
-            lines.append(f"{name:{width}}" + "".join(f"  {count or '.':>{cell}}" for count in counts))
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *confusion_lines(self.confusion.numpy(), self.class_names)])
 
 
 def evaluate(models: list[DigitClassifier], split: Split, class_names: list[str], device: torch.device) -> Evaluation:

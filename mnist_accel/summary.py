@@ -54,11 +54,18 @@ class Summary:
             unread = self.counts[:-1, -1].sum()
             rest = f", {unlabelled} without a label" if unlabelled else ""
             rest += f", {unread} with a label could not be read" if unread and known else ""
-            lines += [f"Accuracy: {share}{rest}", "Confusion matrix (rows: true, columns: predicted)"]
-            width = max(5, 1 + max(map(len, [*self.class_names, str(confusion.max())])))
-            for name, cells in zip(["", *self.class_names], [self.class_names, *confusion], strict=True):
-                lines.append(name.rjust(width) + "".join(str(cell or ".").rjust(width) for cell in cells))
+            lines += [f"Accuracy: {share}{rest}", *confusion_lines(confusion, self.class_names)]
         return "\n".join(lines)
+
+
+def confusion_lines(counts: np.ndarray, class_names: list[str]) -> list[str]:
+    """Counts by true and predicted class, int64 (C, C), as lines of text; long names are cut above the columns."""
+    short = [name[:7] for name in class_names]
+    width, cell = max(map(len, class_names)), 2 + max(map(len, [*short, str(counts.max())]))
+    lines = ["Confusion matrix (rows: true, columns: predicted)"]
+    for name, cells in zip(["", *class_names], [short, *counts], strict=True):
+        lines.append(name.ljust(width) + "".join(str(each or ".").rjust(cell) for each in cells))
+    return lines
 
 
 def label_of(path: str, folder: Path, source: str | None, class_names: list[str]) -> int | None:
