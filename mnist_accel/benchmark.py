@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from operator import itemgetter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,25 @@ import psutil
 from mnist_accel.cli import COUNT, POSITIVE, UserError, number
 from mnist_accel.config import option
 
-DRAWN = {"training", "accuracy"}  # the parts that `draw_benchmark` shows
-PARTS = ("training", "kernels", "accuracy", "prediction", "scaling", "startup")
-PRECISIONS = ("fp32", "bf16")
-TARGET = 0.99
 SPEED, TIME, ACCURACY = "images/s", "s", "test accuracy"
+PRECISIONS = ("fp32", "bf16")
+# What each part keeps of its commands' numbers, by their units. `TIME` is wall time from start to end; other numbers
+# are what a command prints as JSON in its last line, or, of train.py, what its metrics.jsonl says.
+UNITS = {
+    "training": [SPEED],
+    "kernels": ["FLOP/s, fp32", "FLOP/s, bf16"],
+    "accuracy": [TIME, ACCURACY, "s training"],
+    "prediction": [TIME],
+    "scaling": [SPEED],
+    "startup": [TIME],
+}
+PARTS = tuple(UNITS)
+DRAWN = {"training", "accuracy"}  # the parts that `draw_benchmark` shows
+TARGET = 0.99
 PYTHON = sys.executable
-LOOPS = ["-m", "mnist_accel.benchmark_loops"]
 
-# What takes turns: its name, which numbers to keep by their units, and a command for each round. `TIME` is wall time
-# from start to end; other numbers are what the command prints as JSON in its last line, or, of train.py, what its
-# metrics.jsonl says.
-Case = tuple[str, Sequence[str], Sequence[list[Any]]]
+Command = list[Any]  # words, paths and numbers
+Commands = Iterator[tuple[str, Command]]  # by the name that the table shows
 
 
 @dataclass
@@ -56,7 +63,7 @@ class Benchmark:
     machine: dict[str, Any] = field(init=False)  # of `benchmark_loops.machine`
     folder: Path = field(init=False)  # for what the processes write; removed at the end
 
-    def run(self, say: Callable[[str], None] = print) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Measure everything; returns what the JSON file holds.
 
         That is `machine`, `settings`, `measurements`, `ratios`, and `failures`: a line for each process that failed or
@@ -66,93 +73,88 @@ class Benchmark:
         failures: list[str] = []
         with tempfile.TemporaryDirectory() as folder:
             self.folder = Path(folder)
-            self.machine = self._measure([PYTHON, *LOOPS, "machine"])
+            self.machine = self._measure(_loop("machine"))
             for part in self.parts:
-                cases: list[Case] = list(getattr(self, f"_{part}")())
-                runs = [(turn, *case) for case in cases for turn in range(len(case[-1]))]
-                for turn, name, units, commands in sorted(runs, key=itemgetter(0)):
+                commands = getattr(self, f"_{part}")
+                rounds = range(self.seeds if part == "accuracy" else self.rounds)
+                for name, command in chain.from_iterable(map(commands, rounds)):
                     try:
-                        numbers = self._measure(commands[turn])
+                        numbers = self._measure(command)
                     except UserError as error:
                         failures.append(f"{part}: {name}: {error}")
-                        say(failures[-1])
+                        print(failures[-1], flush=True)
                         continue
-                    for unit in units:
-                        values.setdefault((part, name, unit), []).append(numbers[unit])
-                    say(f"{part}: {name}: " + ", ".join(as_text(numbers[unit], unit) for unit in units))
+                    found = {unit: numbers[unit] for unit in UNITS[part] if unit in numbers}
+                    for unit, value in found.items():
+                        values.setdefault((part, name, unit), []).append(value)
+                    print(f"{part}: {name}: " + ", ".join(as_text(found[unit], unit) for unit in found), flush=True)
         measurements = [
             {"part": part, "name": name, "unit": unit, "median": statistics.median(found), "values": found}
             for (part, name, unit), found in values.items()
         ]
-        settings = {name: getattr(self, name) for name in ("dataset", "rounds", "steps", "seeds", "images")}
-        ratios = compute_ratios(measurements, self.machine)
         return {
             "machine": self.machine,
-            "settings": settings,
+            "settings": {name: getattr(self, name) for name in ("dataset", "rounds", "steps", "seeds", "images")},
             "measurements": measurements,
-            "ratios": ratios,
+            "ratios": compute_ratios(measurements, self.machine),
             "failures": failures,
         }
 
-    # The parts: each yields the cases that take turns
+    # The parts: each yields the commands of one round, counted from 0
 
-    def _training(self) -> Iterator[Case]:
-        common = ["--dataset", self.dataset, "--steps", self.steps]
+    def _training(self, _: int) -> Commands:
+        common = {"dataset": self.dataset, "steps": self.steps}
         for precision in self.precisions:
-            launch, bf16 = _launch(precision), ["--bf16"] if precision == "bf16" else []
-            yield self._case(f"this project, {precision}", SPEED, [*launch, *self._train("--max-steps", self.steps)])
-            yield self._case(f"raw PyTorch, {precision}", SPEED, [PYTHON, *LOOPS, "raw", *common, *bf16])
+            launch = _launch(precision)
+            yield f"this project, {precision}", [*launch, *self._train("--max-steps", self.steps)]
+            yield f"raw PyTorch, {precision}", _loop("raw", bf16=precision == "bf16", **common)
             for workers in self.workers:
-                name, loop = f"examples, {workers} workers", [*LOOPS, "examples", *common, "--workers", workers]
-                yield self._case(f"{name}, default launch, {precision}", SPEED, [*launch, *loop])
+                name, loop = f"examples, {workers} workers", _loop("examples", workers=workers, **common)[1:]
+                yield f"{name}, default launch, {precision}", [*launch, *loop]
                 if self.machine["threads"] > 1:
                     threads = ["--num_cpu_threads_per_process", self.machine["threads"]]
-                    yield self._case(f"{name}, all cores, {precision}", SPEED, [*launch, *threads, *loop])
+                    yield f"{name}, all cores, {precision}", [*launch, *threads, *loop]
 
-    def _kernels(self) -> Iterator[Case]:
-        for precision in self.precisions:
-            yield self._case(f"matrix product, {precision}", f"FLOP/s, {precision}", [PYTHON, *LOOPS, "machine"])
+    def _kernels(self, _: int) -> Commands:
+        yield "matrix product", _loop("machine")
 
-    def _accuracy(self) -> Iterator[Case]:
+    def _accuracy(self, seed: int) -> Commands:
         bf16_is_faster = self.machine["FLOP/s, bf16"] > 1.2 * self.machine["FLOP/s, fp32"]
-        fast = [*_launch("bf16" if bf16_is_faster else "fp32"), *self._train("--recipe", "fast", "--seed")]
-        yield "recipe fast", [TIME, ACCURACY, "s training"], [[*fast, seed] for seed in range(self.seeds)]
-        example = [PYTHON, *LOOPS, "pytorch", "--dataset", self.dataset, "--target", TARGET, "--seed"]
-        yield "PyTorch's example", [TIME, ACCURACY], [[*example, seed] for seed in range(min(3, self.seeds))]
+        launch = _launch("bf16" if bf16_is_faster else "fp32")
+        yield "recipe fast", [*launch, *self._train("--recipe", "fast", "--seed", seed)]
+        if seed < 3:  # it takes minutes
+            yield "PyTorch's example", _loop("pytorch", dataset=self.dataset, target=TARGET, seed=seed)
 
-    def _prediction(self) -> Iterator[Case]:
-        images, weights = self.folder / "images", self.folder / "weights"
-        both = ["--folder", images, "--model", weights]
-        self._measure([PYTHON, *LOOPS, "make_images", "--dataset", self.dataset, "--steps", self.images, *both])
-        options = [images, "--model", weights, "--output", self.folder / "predictions.csv"]
-        yield self._case("predict_dir.py", TIME, [PYTHON, self.scripts / "predict_dir.py", *options])
-        yield self._case("one by one", TIME, [PYTHON, *LOOPS, "predict", *both])
+    def _prediction(self, turn: int) -> Commands:
+        both = {"folder": str(self.folder / "images"), "model": str(self.folder / "weights")}
+        if turn == 0:
+            self._measure(_loop("make_images", dataset=self.dataset, number=self.images, **both))
+        options = [both["folder"], "--model", both["model"], "--output", self.folder / "predictions.csv"]
+        yield "predict_dir.py", [PYTHON, self.scripts / "predict_dir.py", *options]
+        yield "one by one", _loop("predict", **both)
 
-    def _scaling(self) -> Iterator[Case]:
+    def _scaling(self, _: int) -> Commands:
         on_cpu = self.machine["device"] == "cpu"
         if self.machine["threads" if on_cpu else "devices"] < 2:
             return
         # A device each, on a CPU one core each. Without the variable, processes on a CPU would train each alone.
         environment = ["env", "ACCELERATE_USE_CPU=true"] if on_cpu else []
         train = ["--num_cpu_threads_per_process", 1, *self._train("--max-steps", self.steps)]
-        yield self._case("1 process", SPEED, [*environment, *_launch("fp32"), *train])
-        yield self._case("2 processes", SPEED, [*environment, *_launch("fp32", processes=2), *train])
+        yield "1 process", [*environment, *_launch("fp32"), *train]
+        yield "2 processes", [*environment, *_launch("fp32", processes=2), *train]
 
-    def _startup(self) -> Iterator[Case]:
-        yield self._case("import torch, accelerate", TIME, [PYTHON, "-c", "import torch, accelerate"])
-        yield self._case("train.py --help", TIME, [PYTHON, self.scripts / "train.py", "--help"])
-        yield self._case("train.py --max-steps 1", TIME, [PYTHON, *self._train("--max-steps", 1)])
+    def _startup(self, _: int) -> Commands:
+        yield "import torch, accelerate", [PYTHON, "-c", "import torch, accelerate"]
+        yield "train.py --help", [PYTHON, self.scripts / "train.py", "--help"]
+        yield "train.py --max-steps 1", [PYTHON, *self._train("--max-steps", 1)]
 
     # Processes
 
-    def _case(self, name: str, unit: str, command: list[Any]) -> Case:
-        return name, [unit], [command] * self.rounds
-
-    def _train(self, *options: Any) -> list[Any]:
+    def _train(self, *options: Any) -> Command:
         common = ["--dataset", self.dataset, "--report-to", "none", "--output-dir", self.folder / "run"]
         return [self.scripts / "train.py", *common, *options]
 
-    def _measure(self, command: Sequence[Any]) -> dict[str, Any]:
+    def _measure(self, command: Command) -> dict[str, Any]:
         """The numbers of a command, under their units."""
         run = self.folder / "run"
         shutil.rmtree(run, ignore_errors=True)  # a training does not start in a folder that holds a run
@@ -195,13 +197,16 @@ def run_process(words: Sequence[str], time_limit: float) -> tuple[str, float]:
     return output, time.perf_counter() - began
 
 
-def _launch(precision: str, processes: int = 1) -> list[Any]:
+def _loop(name: str, **arguments: Any) -> Command:
+    return [PYTHON, "-m", "mnist_accel.benchmark_loops", name, json.dumps(arguments)]
+
+
+def _launch(precision: str, processes: int = 1) -> Command:
     """`accelerate launch`, with everything given that the user's own configuration could change."""
     launch = [PYTHON, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", 1]
-    launch += ["--num_processes", processes, "--mixed_precision", "bf16" if precision == "bf16" else "no"]
-    launch += ["--dynamo_backend", "no"]
-    # Port 0: any that is free.
-    return [*launch, "--multi_gpu", "--main_process_port", 0] if processes > 1 else launch
+    launch += ["--mixed_precision", "bf16" if precision == "bf16" else "no", "--dynamo_backend", "no"]
+    several = ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []  # port 0: any that is free
+    return [*launch, "--num_processes", processes, *several]
 
 
 def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[dict[str, Any]]:
@@ -210,37 +215,31 @@ def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, An
     Times to the target are means, and compared only if the mean accuracies reached it.
     """
     median = {(row["part"], row["name"], row["unit"]): row["median"] for row in measurements}
-    mean = {(row["part"], row["name"], row["unit"]): statistics.fmean(row["values"]) for row in measurements}
-    ratios: list[dict[str, Any]] = []
-
-    def compare(name: str, above: float | None, below: float | None) -> None:
-        if above and below:
-            ratios.append({"name": name, "value": above / below})
-
+    mean = {(row["name"], row["unit"]): statistics.fmean(row["values"]) for row in measurements}
+    pairs: dict[str, tuple[float | None, float | None]] = {}
     for precision in PRECISIONS:
         speeds = {name: value for (part, name, _), value in median.items() if part == "training" and precision in name}
         ours, raw = (speeds.pop(f"{name}, {precision}", None) for name in ("this project", "raw PyTorch"))
-        for name, speed in speeds.items():
-            if "default launch" in name:
-                compare(f"training: speed over {name}", ours, speed)
-        best = max(speeds.values(), default=None)
-        compare(f"training, {precision}: speed over the examples' loop, its best variant", ours, best)
-        compare(f"training, {precision}: speed over raw PyTorch", ours, raw)
-        rate = median.get(("kernels", f"matrix product, {precision}", f"FLOP/s, {precision}"))
         achieved = ours and ours * machine["operations_per_image"]
-        compare(f"training, {precision}: fraction of the matrix-product rate", achieved, rate)
-    example, fast = ("accuracy", "PyTorch's example"), ("accuracy", "recipe fast")
-    if min(mean.get((*run, ACCURACY), 0.0) for run in (example, fast)) >= TARGET:
+        rate = median.get(("kernels", "matrix product", f"FLOP/s, {precision}"))
+        pairs |= {f"training: speed over {name}": (ours, speed) for name, speed in speeds.items()}
+        best = max(speeds.values(), default=None)
+        pairs[f"training, {precision}: speed over the examples' loop, its best variant"] = ours, best
+        pairs[f"training, {precision}: speed over raw PyTorch"] = ours, raw
+        pairs[f"training, {precision}: fraction of the matrix-product rate"] = achieved, rate
+    example, fast = "PyTorch's example", "recipe fast"
+    if min(mean.get((name, ACCURACY), 0.0) for name in (example, fast)) >= TARGET:
         name = f"command to {TARGET:.0%} on test images: time of PyTorch's example over recipe fast"
-        compare(name, mean.get((*example, TIME)), mean.get((*fast, TIME)))
-    for name, part, unit, above, below in (
-        ("prediction: time of one by one over predict_dir.py", "prediction", TIME, "one by one", "predict_dir.py"),
-        ("scaling: speed of 2 processes over 1", "scaling", SPEED, "2 processes", "1 process"),
-        ("start: --help over the imports", "startup", TIME, "train.py --help", "import torch, accelerate"),
-        ("start: one step over the imports", "startup", TIME, "train.py --max-steps 1", "import torch, accelerate"),
+        pairs[name] = mean.get((example, TIME)), mean.get((fast, TIME))
+    for name, part, above, below in (
+        ("prediction: time of one by one over predict_dir.py", "prediction", "one by one", "predict_dir.py"),
+        ("scaling: speed of 2 processes over 1", "scaling", "2 processes", "1 process"),
+        ("start: --help over the imports", "startup", "train.py --help", "import torch, accelerate"),
+        ("start: one step over the imports", "startup", "train.py --max-steps 1", "import torch, accelerate"),
     ):
-        compare(name, median.get((part, above, unit)), median.get((part, below, unit)))
-    return ratios
+        unit = UNITS[part][0]
+        pairs[name] = median.get((part, above, unit)), median.get((part, below, unit))
+    return [{"name": name, "value": above / below} for name, (above, below) in pairs.items() if above and below]
 
 
 def as_table(results: dict[str, Any]) -> str:
@@ -249,11 +248,11 @@ def as_table(results: dict[str, Any]) -> str:
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, device {machine['device']}; {machine['system']}, "
         f"Python {machine['python']}, torch {machine['torch']}, accelerate {machine['accelerate']}",
-        f"\n{'part':10}  {'what':42}  {'median':>16}  {'lowest':>16}  {'highest':>16}",
+        f"\n{'part':10}  {'what':42}  {'median':>19}  {'lowest':>19}  {'highest':>19}",
     ]
     for row in results["measurements"]:
         numbers = (row["median"], min(row["values"]), max(row["values"]))
-        cells = "  ".join(f"{as_text(value, row['unit']):>16}" for value in numbers)
+        cells = "  ".join(f"{as_text(value, row['unit']):>19}" for value in numbers)
         lines.append(f"{row['part']:10}  {row['name']:42}  {cells}")
     return "\n".join([*lines, "", *(f"{row['value']:8.2f}  {row['name']}" for row in results["ratios"])])
 
@@ -263,7 +262,7 @@ def as_text(value: float, unit: str) -> str:
     if unit == ACCURACY:
         return f"{value:.2%}"
     if unit.startswith("FLOP/s"):
-        return f"{value / 1e9:,.0f} GFLOP/s"
+        return f"{value / 1e9:,.0f} G{unit}"
     return f"{value:,.0f} {unit}" if unit == SPEED else f"{value:.2f} {unit}"
 
 

@@ -1,17 +1,17 @@
 """The loops that users would write instead of this project's: each runs in a process of its own for the benchmark.
 
-`python -m mnist_accel.benchmark_loops NAME` (or `accelerate launch -m …`) prints one line of JSON. `examples` is the
-loop of Accelerate's `examples/cv_example.py`, `pytorch` that of PyTorch's `examples/mnist/main.py`.
+`python -m mnist_accel.benchmark_loops NAME ARGUMENTS` (or `accelerate launch -m …`) calls a function with arguments in
+JSON and prints what it returns as one line of JSON. `examples` is the loop of Accelerate's `examples/cv_example.py`,
+`pytorch` that of PyTorch's `examples/mnist/main.py`.
 """
 
-import argparse
 import json
 import os
 import platform
 import re
+import sys
 import time
 import timeit
-from collections.abc import Callable
 from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -62,17 +62,17 @@ def pytorch_example_net() -> nn.Sequential:
     )
 
 
-def examples(options: argparse.Namespace) -> dict[str, Any]:
+def examples(dataset: str, steps: int, workers: int) -> dict[str, Any]:
     """The loop of Accelerate's examples, at batch 64; precision and device are the launcher's."""
     accelerator = Accelerator()
-    split = load_data(options.dataset).train
+    split = load_data(dataset).train
     model = mnist_net_as_described()
     optimizer = torch.optim.Adam(model.parameters())
-    loader = DataLoader(PictureDataset(split), batch_size=64, shuffle=True, num_workers=options.workers)
+    loader = DataLoader(PictureDataset(split), batch_size=64, shuffle=True, num_workers=workers)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     model.train()
     began, done = time.perf_counter(), 0
-    for images, labels in islice(chain.from_iterable(repeat(loader)), options.steps):
+    for images, labels in islice(chain.from_iterable(repeat(loader)), steps):
         loss = F.cross_entropy(model(images), labels)
         accelerator.backward(loss)
         optimizer.step()
@@ -82,20 +82,20 @@ def examples(options: argparse.Namespace) -> dict[str, Any]:
     return {"images/s": done / (time.perf_counter() - began)}
 
 
-def raw(options: argparse.Namespace) -> dict[str, Any]:
+def raw(dataset: str, steps: int, bf16: bool) -> dict[str, Any]:
     """The least that PyTorch can do: this project's network on resident tensors, with no framework around it."""
     torch.set_flush_denormal(True)
     keep_freed_memory()
     device = PartialState().device
-    split = load_data(options.dataset).train
+    split = load_data(dataset).train
     images, labels = split.images.to(device), split.labels.to(device)
     model = build_model("mnist_net").to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     shuffled = (torch.randperm(len(labels)).to(device).split(64) for _ in count())  # anew for each pass
     began, done = time.perf_counter(), 0
-    for indices in islice(chain.from_iterable(shuffled), options.steps):
+    for indices in islice(chain.from_iterable(shuffled), steps):
         batch = images[indices].unsqueeze(1).float().div_(255)
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(batch)
         F.cross_entropy(logits.float(), labels[indices]).backward()
         optimizer.step()
@@ -105,18 +105,18 @@ def raw(options: argparse.Namespace) -> dict[str, Any]:
     return {"images/s": done / (time.perf_counter() - began)}
 
 
-def pytorch(options: argparse.Namespace) -> dict[str, Any]:
-    """PyTorch's MNIST example, stopped after the first epoch whose test accuracy is `--target` or more."""
+def pytorch(dataset: str, seed: int, target: float, most_epochs: int = 14) -> dict[str, Any]:
+    """PyTorch's MNIST example, stopped after the first epoch whose test accuracy is `target` or more."""
     device = PartialState().device
-    torch.manual_seed(options.seed)
-    data = load_data(options.dataset)
+    torch.manual_seed(seed)
+    data = load_data(dataset)
     train = DataLoader(PictureDataset(data.train), batch_size=64, shuffle=True)
     test = DataLoader(PictureDataset(data.test), batch_size=1000)
     model = pytorch_example_net().to(device)
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
     accuracy, epoch = 0.0, 0
-    while accuracy < options.target and epoch < options.epochs:
+    while accuracy < target and epoch < most_epochs:
         model.train()
         for images, labels in train:
             optimizer.zero_grad()
@@ -131,29 +131,29 @@ def pytorch(options: argparse.Namespace) -> dict[str, Any]:
     return {"test accuracy": accuracy, "epochs": epoch}
 
 
-def make_images(options: argparse.Namespace) -> dict[str, Any]:
-    """Write `--steps` test images as PNG files into `--folder`, and an untrained network into `--model`."""
-    images = load_data(options.dataset).test.images
-    Path(options.folder).mkdir()
-    for index in range(options.steps):
-        Image.fromarray(images[index % len(images)].numpy()).save(Path(options.folder) / f"{index:06}.png")
-    save_model(build_model("mnist_net"), Path(options.model))
+def make_images(dataset: str, number: int, folder: str, model: str) -> dict[str, Any]:
+    """Write `number` test images as PNG files into a new `folder`, and an untrained network into the folder `model`."""
+    images = load_data(dataset).test.images
+    Path(folder).mkdir()
+    for index in range(number):
+        Image.fromarray(images[index % len(images)].numpy()).save(Path(folder) / f"{index:06}.png")
+    save_model(build_model("mnist_net"), Path(model))
     return {}
 
 
-def predict(options: argparse.Namespace) -> dict[str, Any]:
+def predict(folder: str, model: str) -> dict[str, Any]:
     """Open and classify the images of a folder one by one."""
     device = PartialState().device
-    model = load_model(options.model).to(device)
+    network = load_model(model).to(device)
     transform = transforms.Compose([transforms.Grayscale(), transforms.Resize((28, 28)), transforms.ToTensor()])
     answers = []
     with torch.no_grad():
-        for path in sorted(Path(options.folder).rglob("*.png")):
-            answers.append(int(model(transform(Image.open(path)).unsqueeze(0).to(device)).argmax()))
+        for path in sorted(Path(folder).rglob("*.png")):
+            answers.append(int(network(transform(Image.open(path)).unsqueeze(0).to(device)).argmax()))
     return {"images": len(answers)}
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the numbers were measured on, the arithmetic of a training image, and the rate of large matrix products."""
     device = PartialState().device
     with FlopCounterMode(display=False) as counter:
@@ -188,26 +188,5 @@ def _product_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / min(timeit.repeat(product, globals={"left": left, "right": right}, number=1, repeat=6))
 
 
-LOOPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    loop.__name__: loop for loop in (examples, raw, pytorch, make_images, predict, machine)
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("loop", choices=LOOPS)
-    parser.add_argument("--dataset", default="ylecun/mnist")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=14, help="as in PyTorch's example")
-    parser.add_argument("--target", type=float, default=0.99)
-    parser.add_argument("--folder")
-    parser.add_argument("--model")
-    options = parser.parse_args()
-    print(json.dumps(LOOPS[options.loop](options)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(globals()[sys.argv[1]](**json.loads(sys.argv[2]))), flush=True)

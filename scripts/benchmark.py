@@ -24,8 +24,7 @@ def main() -> int:
 
     # So that the process that is being measured ends too, as after Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    benchmark = Benchmark(scripts=Path(__file__).resolve().parent, **options)
-    results = benchmark.run(say=lambda line: print(line, flush=True))
+    results = Benchmark(scripts=Path(__file__).resolve().parent, **options).run()
     print("\n" + as_table(results))
     if output:
         from mnist_accel.output import new_file

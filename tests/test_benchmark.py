@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,25 +52,23 @@ def test_the_plain_prediction_loop_classifies_every_generated_image(small_datase
     from mnist_accel import benchmark_loops
 
     folder, model = tmp_path / "images", tmp_path / "weights"
-    options = Namespace(dataset=str(small_dataset), steps=60, folder=str(folder), model=str(model))
-    benchmark_loops.make_images(options)
+    benchmark_loops.make_images(str(small_dataset), number=60, folder=str(folder), model=str(model))
     assert Image.open(folder / "000059.png").size == (28, 28)
-    assert benchmark_loops.predict(options) == {"images": 60}
+    assert benchmark_loops.predict(str(folder), str(model)) == {"images": 60}
 
 
 def test_the_reference_stops_at_its_target(small_dataset: Path) -> None:
     from mnist_accel import benchmark_loops
 
-    options = Namespace(dataset=str(small_dataset), seed=0, epochs=2, target=0.0)
-    assert benchmark_loops.pytorch(options) == {"test accuracy": 0.0, "epochs": 0}
-    options.target = 2.0
-    found = benchmark_loops.pytorch(options)
+    reference = partial(benchmark_loops.pytorch, str(small_dataset), seed=0, most_epochs=2)
+    assert reference(target=0.0) == {"test accuracy": 0.0, "epochs": 0}
+    found = reference(target=2.0)
     assert found["epochs"] == 2 and 0.2 < found["test accuracy"] <= 1
 
 
 def test_the_fraction_of_the_matrix_product_rate_counts_the_arithmetic_of_an_image() -> None:
     rows = [measurement("training", "this project, bf16", "images/s", 100.0)]
-    rows += [measurement("kernels", "matrix product, bf16", "FLOP/s, bf16", 4e9)]
+    rows += [measurement("kernels", "matrix product", "FLOP/s, bf16", 4e9)]
     ratios = compute_ratios(rows, {"operations_per_image": 20e6})
     assert ratios == [{"name": "training, bf16: fraction of the matrix-product rate", "value": 0.5}]
 
@@ -115,19 +113,20 @@ def test_a_process_that_fails_is_told_in_one_line() -> None:
         run_process([sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(3)"], 30)
 
 
-def test_a_process_that_fails_costs_no_other_its_place_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_fails_costs_no_other_its_place_in_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run_process(words: list[str], time_limit: float) -> tuple[str, float]:
         if "--help" in words:
             raise UserError("train.py --help failed with status 3")
         return '{"operations_per_image": 1}', 2.0
 
     monkeypatch.setattr(benchmark, "run_process", run_process)
-    said: list[str] = []
-    results = Benchmark(scripts=Path("scripts"), parts=["startup"], rounds=2).run(say=said.append)
+    results = Benchmark(scripts=Path("scripts"), parts=["startup"], rounds=2).run()
     values = {row["name"]: row["values"] for row in results["measurements"]}
     assert values == {"import torch, accelerate": [2.0, 2.0], "train.py --max-steps 1": [2.0, 2.0]}
     assert results["failures"] == ["startup: train.py --help: train.py --help failed with status 3"] * 2
-    assert results["failures"][0] in said
+    assert results["failures"][0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
