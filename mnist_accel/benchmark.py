@@ -18,12 +18,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from mnist_accel.cli import COUNT, POSITIVE, UserError, number
 from mnist_accel.config import option
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPEED, TIME, ACCURACY = "images/s", "s", "test accuracy"
 PRECISIONS = ("fp32", "bf16")
@@ -266,17 +269,14 @@ def as_text(value: float, unit: str) -> str:
     return f"{value:,.0f} {unit}" if unit == SPEED else f"{value:.2f} {unit}"
 
 
-def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
-    """Draw training speeds, by precision, and times to the target accuracy, as far as they were measured.
+def draw_benchmark(results: dict[str, Any]) -> "np.ndarray":
+    """Training speeds, by precision, and times to the target accuracy, as far as they were measured.
 
-    Bars are medians, lines the range from lowest to highest.
-
-    Raises:
-        UserError: `path` cannot be written.
+    Bars are medians, lines the range from lowest to highest; the picture is RGB uint8 (H, W, 3).
     """
     import numpy as np
 
-    from mnist_accel.figures import BLUE, GREY, VERMILION, render_figure, styled_figure
+    from mnist_accel.figures import BLUE, GREY, VERMILION, pixels_of, styled_figure
 
     colour = {"this project": BLUE, "recipe fast": BLUE, "raw PyTorch": GREY}
     panels = []
@@ -305,4 +305,4 @@ def draw_benchmark(results: dict[str, Any], path: str | Path) -> None:
         machine = results["machine"]
         device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
         figure.supxlabel(f"{device}, {machine['threads']} threads, torch {machine['torch']}", size=9, color=GREY)
-        render_figure(figure, path)
+        return pixels_of(figure)

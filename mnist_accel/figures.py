@@ -1,8 +1,7 @@
 """The pictures: curves, confusion matrix, mistakes, samples. Drawn in memory; no display is needed.
 
-Every function returns what it drew as an RGB array uint8 (H, W, 3), as trackers want it, and writes it to `path` as
-well unless that is None; it raises `UserError` where `path` cannot be written. matplotlib is slow to load, so it is
-imported on first use.
+Every function returns what it drew as an RGB array uint8 (H, W, 3), as trackers and `output.write_picture` take it.
+matplotlib is slow to load, so it is imported on first use.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mnist_accel.metrics import precision, recall
-from mnist_accel.output import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +38,7 @@ STYLE: Any = {
 }
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path | None = None) -> np.ndarray:
+def draw_curves(rows: list[dict[str, Any]]) -> np.ndarray:
     """Loss, accuracy and learning rate by epoch, from the rows of `metrics.jsonl`; missing values leave gaps."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -77,10 +74,10 @@ def draw_curves(rows: list[dict[str, Any]], path: Path | None = None) -> np.ndar
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             if rows:
                 axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
-        return render_figure(figure, path)
+        return pixels_of(figure)
 
 
-def draw_confusion_matrix(confusion: Tensor, class_names: list[str], path: Path | None = None) -> np.ndarray:
+def draw_confusion_matrix(confusion: Tensor, class_names: list[str]) -> np.ndarray:
     """The counts by true (row) and predicted (column) class, int64 (C, C), with recall at the right, precision on top.
 
     Right answers and mistakes are shaded on scales of their own: at 99% accuracy a common one would show no mistake.
@@ -117,12 +114,10 @@ def draw_confusion_matrix(confusion: Tensor, class_names: list[str], path: Path 
             axis.tick_params(length=0)
             axis.grid(False)
             axis.spines[:].set_visible(False)
-        return render_figure(figure, path)
+        return pixels_of(figure)
 
 
-def draw_mistakes(
-    images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str], path: Path | None = None
-) -> np.ndarray:
+def draw_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str]) -> np.ndarray:
     """The `MISTAKES` that the model was surest of, worst first; a picture that says so where there are none.
 
     Arguments as in `draw_samples`.
@@ -135,16 +130,11 @@ def draw_mistakes(
     if len(wrong) == 0:
         title = f"No mistake in {len(labels):,} images"
     shown = images[worst.to(images.device)], labels[worst], probabilities.cpu()[worst]
-    return draw_samples(*shown, class_names, path, title)
+    return draw_samples(*shown, class_names, title)
 
 
 def draw_samples(
-    images: Tensor,
-    labels: Tensor,
-    probabilities: Tensor,
-    class_names: list[str],
-    path: Path | None = None,
-    title: str = "",
+    images: Tensor, labels: Tensor, probabilities: Tensor, class_names: list[str], title: str = ""
 ) -> np.ndarray:
     """Images with the model's answers, the right and the wrong ones told apart by colour, mark and text.
 
@@ -176,7 +166,7 @@ def draw_samples(
             axes.text(y=top + 37, s=caption, color="black", size=8, **middle)
         # Last, as imshow narrows the view to the image that it draws.
         axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-        return render_figure(figure, path)
+        return pixels_of(figure)
 
 
 @contextmanager
@@ -189,17 +179,13 @@ def styled_figure(width: float, height: float) -> Iterator[Figure]:
         yield Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
-def render_figure(figure: Figure, path: str | Path | None) -> np.ndarray:
-    """A figure's pixels, as every function here returns and writes them."""
+def pixels_of(figure: Figure) -> np.ndarray:
+    """A figure as every function here returns it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    if path is not None:
-        write_picture(Image.fromarray(pixels), Path(path))
-    return pixels
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _percent(share: float) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 from PIL import Image
 
@@ -96,11 +97,15 @@ def picture_format(path: Path) -> str:
     return kind
 
 
-def write_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture in the format that its name ends in; raises `UserError` where there can be no such file."""
+def write_picture(pixels: np.ndarray, path: Path) -> None:
+    """Write RGB pixels uint8 (H, W, 3) in the format that the file's name ends in.
+
+    Raises:
+        UserError: there can be no such file.
+    """
     kind = picture_format(path)
     with new_file(path) as temporary:
-        picture.save(temporary, format=kind)
+        Image.fromarray(pixels).save(temporary, format=kind)
 
 
 def write_table(rows: Iterable[dict[str, Any]], output: str, columns: dict[str, type]) -> None:

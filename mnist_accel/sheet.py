@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mnist_accel.image_files import Seen
@@ -53,7 +54,7 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
         while draw.textlength(name, small) > right - x - 4:
             name = "…" + name.removeprefix("…")[1:]  # the end of a name tells files of a camera apart
         draw.text((x + 2, line + LINE), name, fill=FAINT, font=small)
-    write_picture(sheet, path)
+    write_picture(np.asarray(sheet), path)
 
 
 def _drawable(text: str) -> str:

@@ -26,13 +26,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = Benchmark(scripts=Path(__file__).resolve().parent, **options).run()
     print("\n" + as_table(results))
-    if output:
-        from mnist_accel.output import new_file
+    from mnist_accel.output import new_file, write_picture
 
+    if output:
         with new_file(output) as temporary:
             temporary.write_text(json.dumps(results, indent=2) + "\n")
     if figure and DRAWN & {row["part"] for row in results["measurements"]}:
-        draw_benchmark(results, figure)
+        write_picture(draw_benchmark(results), figure)
     if results["failures"]:
         raise UserError(f"{len(results['failures'])} processes failed: {'; '.join(results['failures'])}")
     return 0

@@ -21,7 +21,7 @@ def main() -> int:
     from mnist_accel.evaluation import evaluate, load_for_evaluation
     from mnist_accel.figures import draw_confusion_matrix, draw_mistakes
     from mnist_accel.models import count_parameters
-    from mnist_accel.output import new_file, picture_format
+    from mnist_accel.output import new_file, picture_format, write_picture
 
     for picture in filter(None, (options.mistakes, options.confusion)):
         picture_format(picture)
@@ -47,9 +47,10 @@ def main() -> int:
         with new_file(options.output) as temporary:
             temporary.write_text(json.dumps(measures, indent=2) + "\n")
     if options.mistakes:
-        draw_mistakes(split.images, split.labels, result.probabilities, data.class_names, options.mistakes)
+        mistakes = draw_mistakes(split.images, split.labels, result.probabilities, data.class_names)
+        write_picture(mistakes, options.mistakes)
     if options.confusion:
-        draw_confusion_matrix(result.confusion, data.class_names, options.confusion)
+        write_picture(draw_confusion_matrix(result.confusion, data.class_names), options.confusion)
     return 0
 
 

@@ -22,7 +22,7 @@ def main() -> int:
     from mnist_accel.data import Split
     from mnist_accel.evaluation import evaluate, load_for_evaluation
     from mnist_accel.figures import draw_samples
-    from mnist_accel.output import picture_format
+    from mnist_accel.output import picture_format, write_picture
 
     picture_format(options.output)
     device = PartialState().device
@@ -43,7 +43,7 @@ def main() -> int:
         mark = "" if label == prediction else "  wrong"
         print(f"{index:6}  {names[label]:{width}}  {names[prediction]:{width}}  {confidence:10.2%}{mark}")
     print(f"{result.correct} of {result.total} right")
-    draw_samples(samples.images, samples.labels, result.probabilities, names, options.output)
+    write_picture(draw_samples(samples.images, samples.labels, result.probabilities, names), options.output)
     print(f"drawn to {options.output}")
     return 0
 

@@ -90,10 +90,9 @@ def test_the_best_variant_of_the_examples_is_the_fastest() -> None:
     assert ratios["training, fp32: speed over the examples' loop, its best variant"] == 3.0
 
 
-def test_a_figure_of_accuracy_alone_can_be_drawn(tmp_path: Path) -> None:
+def test_a_figure_of_accuracy_alone_can_be_drawn() -> None:
     machine = {"processor": "a processor", "threads": 2, "device": "cpu", "torch": "2"}
-    draw_benchmark({"measurements": accuracies(0.99, 0.99), "machine": machine}, tmp_path / "figure.png")
-    assert Image.open(tmp_path / "figure.png").getextrema() != ((255, 255),) * 3
+    assert draw_benchmark({"measurements": accuracies(0.99, 0.99), "machine": machine}).std() > 5
 
 
 def test_a_process_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:

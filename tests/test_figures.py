@@ -13,6 +13,7 @@ from PIL import Image
 
 from mnist_accel import figures
 from mnist_accel.cli import UserError
+from mnist_accel.output import write_picture
 
 DIGITS = [str(digit) for digit in range(10)]
 ROWS = [
@@ -26,8 +27,8 @@ ROWS = [
 def figure(monkeypatch):
     """A function that calls another and returns the matplotlib figure that it made."""
     made = []
-    render = figures.render_figure
-    monkeypatch.setattr(figures, "render_figure", lambda figure, path: made.append(figure) or render(figure, path))
+    render = figures.pixels_of
+    monkeypatch.setattr(figures, "pixels_of", lambda figure: made.append(figure) or render(figure))
 
     def capture(draw, *arguments, **options):
         draw(*arguments, **options)
@@ -47,24 +48,24 @@ def answers(predictions, confidence=0.9):
     return probabilities
 
 
-def draw_each(path):
+def draw_each():
     images, labels = torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8), torch.tensor([1, 2, 3])
     probabilities = answers([1, 7, 3])
-    yield figures.draw_curves(ROWS, path)
-    yield figures.draw_confusion_matrix(torch.eye(10, dtype=torch.int64), DIGITS, path)
-    yield figures.draw_mistakes(images, labels, probabilities, DIGITS, path)
-    yield figures.draw_samples(images, labels, probabilities, DIGITS, path)
+    yield figures.draw_curves(ROWS)
+    yield figures.draw_confusion_matrix(torch.eye(10, dtype=torch.int64), DIGITS)
+    yield figures.draw_mistakes(images, labels, probabilities, DIGITS)
+    yield figures.draw_samples(images, labels, probabilities, DIGITS)
 
 
-def test_every_figure_is_returned_as_rgb_pixels_and_written_where_a_path_is_given(tmp_path):
+def test_every_figure_is_rgb_pixels_that_can_be_written(tmp_path):
     path = tmp_path / "new" / "figure.png"
-    for pixels in draw_each(path):
+    for pixels in draw_each():
         assert pixels.dtype == np.uint8
         assert pixels.ndim == 3 and pixels.shape[2] == 3
         assert pixels.std() > 5
+        write_picture(pixels, path)
         np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
         path.unlink()
-    assert all(pixels.shape[2] == 3 for pixels in draw_each(None))
     assert list(path.parent.iterdir()) == []
 
 
@@ -160,4 +161,4 @@ def test_samples_show_the_images_themselves(figure):
 def test_a_picture_that_cannot_be_written_is_the_users_mistake(tmp_path, name):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=f"cannot write (the picture )?{tmp_path / name}"):
-        figures.draw_curves(ROWS, tmp_path / name)
+        write_picture(np.zeros((2, 2, 3), np.uint8), tmp_path / name)
