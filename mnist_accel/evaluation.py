@@ -68,7 +68,10 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Every measure as JSON values; a precision or recall that nothing was counted for is null."""
-        shares = metrics.precision(self.confusion).tolist(), metrics.recall(self.confusion).tolist()
+        shares = [
+            [None if math.isnan(share) else share for share in measure(self.confusion).tolist()]
+            for measure in (metrics.precision, metrics.recall)
+        ]
         rows = zip(self.class_names, self.confusion.sum(dim=1).tolist(), *shares, strict=True)
         return {
             "images": self.total,
@@ -78,10 +81,7 @@ class Evaluation:
             "single_accuracies": self.single_accuracies,
             "loss": self.loss,
             "expected_calibration_error": self.calibration_error,
-            "per_class": [
-                {"class": name, "images": count, "precision": _or_none(p), "recall": _or_none(r)}
-                for name, count, p, r in rows
-            ],
+            "per_class": [{"class": name, "images": count, "precision": p, "recall": r} for name, count, p, r in rows],
             "confusion_matrix": self.confusion.tolist(),
         }
 
@@ -169,7 +169,3 @@ def load_for_evaluation(models: list[str] | None, dataset: str | None) -> tuple[
         if model.class_names != data.class_names:
             print(f"note: the model has {own}, the data set {given}", file=sys.stderr)
     return loaded, data
-
-
-def _or_none(share: float) -> float | None:
-    return None if math.isnan(share) else share

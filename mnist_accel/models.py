@@ -39,11 +39,11 @@ class DigitClassifier(nn.Module):
 
     name: str
     class_names: list[str]
-    dataset: str | None
-    inverted: bool
+    dataset: str | None = None
+    inverted = False
     dropout: "Dropout"
-    temperature: float
-    no_digit_level: float
+    temperature = 1.0
+    no_digit_level = -math.inf
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The confidences that users see, float64 (N, C), for this network's logits (N, C)."""
@@ -224,8 +224,6 @@ def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     model = MODELS[name](len(class_names), dropout)
     model.name, model.class_names = name, list(class_names)
-    model.temperature, model.no_digit_level = 1.0, -math.inf
-    model.dataset, model.inverted = None, False
     return model
 
 

@@ -18,13 +18,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
         plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain}]
-    rate = config.learning_rate
-    if config.optimizer == "sgd":
-        return _uncompiled(torch.optim.SGD)(groups, lr=rate, momentum=0.9, nesterov=True, fused=True)
-    if config.optimizer == "adamw":
-        return _uncompiled(torch.optim.AdamW)(groups, lr=rate, weight_decay=0.0, fused=True)
-    assert config.optimizer == "adam", config.optimizer
-    return _uncompiled(torch.optim.Adam)(groups, lr=rate, fused=True)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+    nesterov = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
+    return _uncompiled(kind)(groups, lr=config.learning_rate, weight_decay=0.0, fused=True, **nesterov)
 
 
 def _uncompiled(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:

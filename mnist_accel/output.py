@@ -85,6 +85,8 @@ def new_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             yield temporary
+    except BrokenPipeError:  # whoever read `path`, a pipe, has gone
+        raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or give another name") from error
 
@@ -121,13 +123,8 @@ def write_table(rows: Iterable[dict[str, Any]], output: str, columns: dict[str, 
         _write_csv(rows, sys.stdout.fileno(), columns)
         return
     write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[Path(output).suffix.lower()]
-    try:
-        with replacing(Path(output)) as path:
-            write(rows, path, columns)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}; nothing was changed there") from error
+    with new_file(Path(output)) as path:
+        write(rows, path, columns)
 
 
 def _write_csv(rows: Iterable[dict[str, Any]], path: Path | int, columns: dict[str, type]) -> None:
