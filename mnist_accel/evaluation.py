@@ -108,7 +108,7 @@ class Evaluation:
 
 def evaluate(models: list[DigitClassifier], split: Split, class_names: list[str], device: torch.device) -> Evaluation:
     """Measure the mean of the probabilities of models, at least one, all of these classes; moves them to `device`."""
-    logits = [predict_logits(model.to(device), split.images, device) for model in models]
+    logits = [predict_logits(model.to(device), split.images, device).cpu() for model in models]
     return _measure(logits, models, split.labels, class_names)
 
 
@@ -136,7 +136,6 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
 
 
 def _measure(logits: list[Tensor], models: list[DigitClassifier], labels: Tensor, class_names: list[str]) -> Evaluation:
-    logits, labels = [each.cpu() for each in logits], labels.cpu()
     # The mean over models in logarithms, so that no small probability becomes zero.
     plain = torch.stack([F.log_softmax(each.double(), dim=1) for each in logits]).logsumexp(dim=0)
     probabilities = torch.stack([m.probabilities(each) for m, each in zip(models, logits, strict=True)]).mean(dim=0)

@@ -1,7 +1,7 @@
 """The pictures: curves, confusion matrix, mistakes, samples. Drawn in memory; no display is needed.
 
 Every function returns what it drew as an RGB array uint8 (H, W, 3), as trackers and `output.write_picture` take it.
-matplotlib is slow to load, so it is imported on first use.
+Tensors lie on the CPU. matplotlib is slow to load, so it is imported on first use.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def draw_confusion_matrix(confusion: Tensor, class_names: list[str]) -> np.ndarr
 
     Right answers and mistakes are shaded on scales of their own: at 99% accuracy a common one would show no mistake.
     """
-    counts, classes = confusion.cpu().numpy(), len(class_names)
+    counts, classes = confusion.numpy(), len(class_names)
     recalls, precisions = recall(confusion).tolist(), precision(confusion).tolist()
     right, total = int(counts.trace()), int(counts.sum())
     diagonal = np.eye(classes, dtype=bool)
@@ -122,15 +122,13 @@ def draw_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, class_n
 
     Arguments as in `draw_samples`.
     """
-    labels = labels.cpu()
-    confidences, predictions = probabilities.cpu().max(dim=1)
+    confidences, predictions = probabilities.max(dim=1)
     wrong = (predictions != labels).nonzero().flatten()
     worst = wrong[confidences[wrong].argsort(descending=True, stable=True)][:MISTAKES]
     title = f"Mistakes in {len(labels):,} images, the most confident first: {len(worst)} of {len(wrong):,}"
     if len(wrong) == 0:
         title = f"No mistake in {len(labels):,} images"
-    shown = images[worst.to(images.device)], labels[worst], probabilities.cpu()[worst]
-    return draw_samples(*shown, class_names, title)
+    return draw_samples(images[worst], labels[worst], probabilities[worst], class_names, title)
 
 
 def draw_samples(
@@ -143,8 +141,8 @@ def draw_samples(
     """
     from matplotlib.patches import Rectangle
 
-    confidences, predictions = probabilities.cpu().max(dim=1)
-    answers = list(zip(images.cpu().numpy(), labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True))
+    confidences, predictions = probabilities.max(dim=1)
+    answers = list(zip(images.numpy(), labels.tolist(), predictions.tolist(), confidences.tolist(), strict=True))
     title = title or f"{sum(label == prediction for _, label, prediction, _ in answers)} of {len(answers)} right"
     columns = 5 if len(answers) <= 15 else 6 if len(answers) <= 36 else 10
     # Measured in pixels of the images, each of which stands at the top of a cell with its caption below.

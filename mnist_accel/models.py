@@ -185,8 +185,7 @@ class FastNet(DigitClassifier):
     """Little arithmetic for its accuracy: 32,506 parameters at 10 classes, less than half of the work of `MnistNet`.
 
     The first convolution has stride 2, so that nothing is ever computed on all 28x28 places: that is where a CPU spends
-    its time on memory rather than on arithmetic. conv 5x5 stride 2 1->24, ReLU; conv 3x3 24->32, max-pool 2, ReLU;
-    conv 3x3 32->32, ReLU; linear 1568->10.
+    its time on memory rather than on arithmetic.
     """
 
     def __init__(self, num_classes: int, dropout: float) -> None:
