@@ -39,10 +39,9 @@ STYLE: Any = {
 
 
 def draw_curves(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Loss, accuracy and learning rate by epoch, from the rows of `metrics.jsonl`; missing values leave gaps."""
+    """Loss, accuracy and learning rate from the rows of `metrics.jsonl`, one an epoch; missing values leave gaps."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    rows = [row for row in rows if not row.get("final")]
     names = ("epoch", "train_loss", "eval_loss", "eval_accuracy", "learning_rate")
     epochs, train_loss, eval_loss, accuracy, rates = (np.array([row.get(n) for row in rows], float) for n in names)
     with styled_figure(8.4, 5.0) as figure:
@@ -58,11 +57,9 @@ def draw_curves(rows: list[dict[str, Any]]) -> np.ndarray:
         loss.set(title="Loss", xlabel="epoch")
         loss.legend()
         score.plot(epochs, 100 * accuracy, "s--", color=VERMILION, markersize=4)
-        title = "Accuracy, %"
-        if rows:
-            best = int(accuracy.argmax())
-            score.plot(epochs[best], 100 * accuracy[best], "*", color=BLUE, markersize=15, clip_on=False)
-            title += f": best {100 * accuracy[best]:.2f} in epoch {epochs[best]:g}"
+        best = int(accuracy.argmax())
+        score.plot(epochs[best], 100 * accuracy[best], "*", color=BLUE, markersize=15, clip_on=False)
+        title = f"Accuracy, %: best {100 * accuracy[best]:.2f} in epoch {epochs[best]:g}"
         score.margins(y=0.15)
         score.set(title=title, xlabel="epoch", ylim=np.clip(score.get_ylim(), 0, 100))
         score.ticklabel_format(axis="y", useOffset=False)
@@ -72,8 +69,7 @@ def draw_curves(rows: list[dict[str, Any]]) -> np.ndarray:
         rate.set_ylim(bottom=0)
         for axis in axes.values():
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            if rows:
-                axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
+            axis.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
         return pixels_of(figure)
 
 

@@ -71,8 +71,8 @@ def test_every_figure_is_rgb_pixels_that_can_be_written(tmp_path):
 
 def test_figures_need_no_display_and_no_backend():
     program = (
-        "import sys; from mnist_accel.figures import draw_curves;"
-        "print(draw_curves([]).shape, 'matplotlib.pyplot' in sys.modules)"
+        "import sys, torch; from mnist_accel.figures import draw_confusion_matrix;"
+        "print(draw_confusion_matrix(torch.eye(2), ['a', 'b']).shape, 'matplotlib.pyplot' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if "DISPLAY" not in name}
     environment["MPLBACKEND"] = "tkagg"
@@ -80,8 +80,8 @@ def test_figures_need_no_display_and_no_backend():
     assert done.stdout.strip().endswith("3) False")
 
 
-def test_curves_mark_the_best_epoch_and_leave_the_final_row_out(figure):
-    drawn = figure(figures.draw_curves, [*ROWS, {"final": True, "test_accuracy": 0.5, "best_epoch": 2}])
+def test_curves_mark_the_best_epoch(figure):
+    drawn = figure(figures.draw_curves, ROWS)
     assert "Accuracy, %: best 99.20 in epoch 2" in texts(drawn)
     loss, accuracy, rate = drawn.axes
     assert [line.get_ydata().tolist() for line in loss.lines] == [[0.3, 0.1, 0.05], [0.1, 0.05, 0.06]]
@@ -92,7 +92,6 @@ def test_curves_mark_the_best_epoch_and_leave_the_final_row_out(figure):
 @pytest.mark.parametrize(
     "rows",
     [
-        [],
         ROWS[:1],
         [{"epoch": 1, "train_loss": 0.0, "eval_loss": None, "eval_accuracy": 1.0}],
         [*ROWS, {"epoch": 4, "train_loss": float("nan"), "eval_loss": float("inf"), "eval_accuracy": 0.1}],
