@@ -3,9 +3,9 @@
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,10 @@ def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = 
     with suppress(Exception):
         folder = fetch(local_files_only=True)
     seconds = CACHED_SECONDS if folder else HUB_SECONDS
-    answer: Future[Any] = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(HfApi().repo_info(hub_id, repo_type=kind))
-        except Exception as error:
-            answer.set_exception(error)
-
     try:
-        with _impatient_hub(seconds):
+        with _impatient_hub(seconds), ThreadPool(1) as thread:
             # In a thread: a name server that is silent, and each of the Hub's many addresses, may take so long.
-            threading.Thread(target=ask, daemon=True).start()
-            answer.result(seconds + 1)
+            thread.apply_async(HfApi().repo_info, [hub_id], {"repo_type": kind}).get(seconds + 1)
             folder = fetch()
         if missing := [name for name in names or () if not Path(folder, name).is_file()]:
             raise UserError(f"{hub_id} on the Hub has no {' and '.join(missing)}: {WAYS_ON[kind]}")
