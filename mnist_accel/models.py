@@ -131,9 +131,8 @@ class ResidualNet(DigitClassifier):
 class StandardizedConvolution(nn.Conv2d):
     """A convolution whose weights have mean 0 and variance 1 / fan-in in each output channel, times a learned gain.
 
-    With ReLUs scaled by `RELU_GAIN` the signal keeps its variance from layer to layer, as with batch normalisation,
-    whose statistics would depend on how a batch is split over processes (Brock et al. 2021, "Characterizing signal
-    propagation to close the performance gap in unnormalized ResNets").
+    With ReLUs scaled by `RELU_GAIN` the signal keeps its variance from layer to layer, as with batch normalisation
+    (Brock et al. 2021, "Characterizing signal propagation to close the performance gap in unnormalized ResNets").
     """
 
     RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))

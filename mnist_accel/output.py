@@ -20,7 +20,6 @@ from PIL import Image
 from mnist_accel.cli import UserError
 from mnist_accel.image_files import grouped
 
-FORMATS = (".csv", ".jsonl", ".parquet")
 # Parquet compresses and is read by groups of rows; this many take a few megabytes with all probabilities.
 ROW_GROUP = 16_384
 
@@ -29,7 +28,7 @@ def check_output(output: str) -> None:
     """Raises UserError if predictions cannot be written to `output`: before the work, not after it."""
     if output == "-":
         return
-    if Path(output).suffix.lower() not in FORMATS:
+    if Path(output).suffix.lower() not in WRITERS:
         raise UserError(f"cannot tell the format of {output}: its name should end in .csv, .jsonl or .parquet")
     check_writable(Path(output))
 
@@ -122,9 +121,8 @@ def write_table(rows: Iterable[dict[str, Any]], output: str, columns: dict[str, 
     if output == "-":
         _write_csv(rows, sys.stdout.fileno(), columns)
         return
-    write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[Path(output).suffix.lower()]
     with new_file(Path(output)) as path:
-        write(rows, path, columns)
+        WRITERS[Path(output).suffix.lower()](rows, path, columns)
 
 
 def _write_csv(rows: Iterable[dict[str, Any]], path: Path | int, columns: dict[str, type]) -> None:
@@ -150,3 +148,6 @@ def _write_parquet(rows: Iterable[dict[str, Any]], path: Path | int, columns: di
     with parquet.ParquetWriter(path, schema) as writer:
         for group in grouped(rows, ROW_GROUP):
             writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
