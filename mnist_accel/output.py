@@ -99,11 +99,7 @@ def picture_format(path: Path) -> str:
 
 
 def write_picture(pixels: np.ndarray, path: Path) -> None:
-    """Write RGB pixels uint8 (H, W, 3) in the format that the file's name ends in.
-
-    Raises:
-        UserError: there can be no such file.
-    """
+    """Write RGB pixels uint8 (H, W, 3) in the format of the name's ending; raises `UserError` where that fails."""
     kind = picture_format(path)
     with new_file(path) as temporary:
         Image.fromarray(pixels).save(temporary, format=kind)
