@@ -26,7 +26,7 @@ from mnist_accel.distributed import describe_device
 from mnist_accel.evaluation import Evaluation
 from mnist_accel.model_card import model_card
 from mnist_accel.models import DigitClassifier, model_files
-from mnist_accel.output import replacing
+from mnist_accel.output import replacing, write_picture
 
 # What a checkpoint holds; by the options and the data's fingerprint it is known of which run it is.
 CONTENT = {"options", "fingerprint", "state", "model", "average", "best_files", "optimizer", "scaler"}
@@ -227,13 +227,15 @@ class RunFolder:
 
     def draw_figures(self, history: list[dict[str, Any]], split: Split, result: Evaluation) -> dict[str, np.ndarray]:
         """`figures/`; returns the pictures by name, uint8 (H, W, 3)."""
-        folder, names = self.path / "figures", result.class_names
-        answers = split.images, split.labels, result.probabilities, names
-        return {
-            "curves": figures.draw_curves(history, folder / "curves.png"),
-            "confusion_matrix": figures.draw_confusion_matrix(result.confusion, names, folder / "confusion_matrix.png"),
-            "mistakes": figures.draw_mistakes(*answers, folder / "mistakes.png"),
+        names = result.class_names
+        pictures = {
+            "curves": figures.draw_curves(history),
+            "confusion_matrix": figures.draw_confusion_matrix(result.confusion, names),
+            "mistakes": figures.draw_mistakes(split.images, split.labels, result.probabilities, names),
         }
+        for name, picture in pictures.items():
+            write_picture(picture, self.path / "figures" / f"{name}.png")
+        return pictures
 
 
 def _newest_readable(candidates: list[Path]) -> dict[str, Any] | None:
