@@ -78,8 +78,6 @@ def _crossing_lines(mask: Mask) -> Mask:
         beyond = level and min(across.start, width - across.stop) > 0.25 * longest
         if not (near & line).any() or (free and (at_border or beyond or stroke_width(line) < 0.6 * pen)):
             result |= line
-    if not result.any():
-        return result
     # Where two lines cross, the dot that each of them takes for a stroke of the other is left.
     left = Parts(mask & ~result)
     touching = np.zeros(left.count, bool)
