@@ -131,7 +131,7 @@ class Benchmark:
     def _prediction(self, turn: int) -> Commands:
         both = {"folder": str(self.folder / "images"), "model": str(self.folder / "weights")}
         if turn == 0:
-            self._measure(_loop("make_images", dataset=self.dataset, number=self.images, **both))
+            yield "writing the images", _loop("make_images", dataset=self.dataset, number=self.images, **both)
         options = [both["folder"], "--model", both["model"], "--output", self.folder / "predictions.csv"]
         yield "predict_dir.py", [PYTHON, self.scripts / "predict_dir.py", *options]
         yield "one by one", _loop("predict", **both)
