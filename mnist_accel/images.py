@@ -124,10 +124,10 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def thumbnail(pixels: np.ndarray, side: int = 56) -> np.ndarray:
-    """The image at `side` pixels on its longest side, (h, w) grey or (h, w, 3) RGB, transparency laid over paper."""
+    """The image at `side` pixels on its longest side, (h, w, 3) uint8 RGB, transparency laid over paper."""
     values = _over_paper(pixels)
-    how = cv2.INTER_AREA if max(values.shape[:2]) > side else cv2.INTER_NEAREST
-    return _as_bytes(fitted(values, side, how=how))
+    small = fitted(values, side, how=cv2.INTER_AREA if max(values.shape[:2]) > side else cv2.INTER_NEAREST)
+    return _as_bytes(cv2.cvtColor(small, cv2.COLOR_GRAY2RGB) if small.ndim == 2 else small)
 
 
 def resized(pixels: np.ndarray) -> np.ndarray:
@@ -160,19 +160,25 @@ def to_mnist(pixels: np.ndarray) -> np.ndarray:
         raise ValueError(f"expected (H, W) or (H, W, C) of uint8 or uint16, not {pixels.shape} of {pixels.dtype}")
     if pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4):
         raise ValueError(f"expected 1, 3 or 4 channels, not {pixels.shape[2]}")
-    values = _over_paper(reduced(pixels, READ_SIDE))
-    made_so = _already_mnist(values)
+    made_so = _already_mnist(pixels)
     if made_so is not None:
         return made_so
-    strength = _find(_without_margin(values))
+    strength = _find(_without_margin(_over_paper(reduced(pixels, READ_SIDE))))
     return np.zeros((SIDE, SIDE), np.uint8) if strength is None else _set_in_box(strength)
 
 
-def _already_mnist(values: np.ndarray) -> np.ndarray | None:
-    """(28, 28) uint8: the image, (H, W, 1 or 3), or its negative where it is grey and follows MNIST's rule."""
-    if values.shape[:2] != (SIDE, SIDE) or (values != values[..., :1]).any():
+def _already_mnist(pixels: np.ndarray) -> np.ndarray | None:
+    """The image or its negative where it follows MNIST's rule, and making it (28, 28) uint8 loses nothing."""
+    if pixels.shape[:2] != (SIDE, SIDE):
         return None
-    pixels = _as_bytes(values[..., 0])
+    if pixels.dtype == np.uint16:
+        if (pixels % 257).any():
+            return None
+        pixels = (pixels // 257).astype(np.uint8)
+    if pixels.ndim == 3:
+        if (pixels[..., :3] != pixels[..., :1]).any() or (pixels[..., 3:] != 255).any():
+            return None
+        pixels = np.ascontiguousarray(pixels[..., 0])
     return next((candidate for candidate in (pixels, 255 - pixels) if follows_mnist_rule(candidate)), None)
 
 
