@@ -27,7 +27,7 @@ from mnist_accel.data import scale_image
 from mnist_accel.image_files import Readers, Seen, find_images, in_order, readable
 from mnist_accel.images import read_digit, resized
 from mnist_accel.models import DIGITS, SHIPPED, build_model, load_model, save_model
-from mnist_accel.output import write_table
+from mnist_accel.output import WRITERS, write_table
 from mnist_accel.predict import BATCH_SIZE, default_model, predict_folder
 from mnist_accel.sheet import _font as sheet_font
 from mnist_accel.sheet import draw_sheet
@@ -325,7 +325,7 @@ def test_a_run_that_fails_leaves_the_old_file_and_nothing_else(folder, model, tm
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mnist_accel.output._write_csv", full_disk)
+    monkeypatch.setitem(WRITERS, ".csv", full_disk)
     with pytest.raises(UserError, match="No space left"):
         run(folder, model, tmp_path / "out" / "p.csv")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["p.csv"]
