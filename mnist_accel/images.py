@@ -272,10 +272,9 @@ def _find(values: np.ndarray) -> Grey | None:
     tiny = min(grey.shape) <= 40
     even = grey if tiny else _even_light(grey)
     strength = _find_at_working_size(even, tight=tiny, tiny=tiny)
-    found = None if strength is None or tiny else (strength > 0.5).astype(np.uint8)
-    sheet = None if found is None else find_sheet(found)
-    if found is not None and sheet is not None:
-        on_sheet = _find(upright(values, sheet, max(grey.shape) / max(found.shape)))
+    for level in () if strength is None or tiny else (0.5, 0.1):  # part of a sheet can lie in a shadow
+        sheet = find_sheet((strength > level).astype(np.uint8))
+        on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / max(strength.shape)))
         if on_sheet is not None:
             return on_sheet
     # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.

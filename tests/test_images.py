@@ -153,6 +153,12 @@ def phone_shadow(pixels: np.ndarray) -> np.ndarray:
     return shaded(pixels, cv2.fillPoly(np.zeros(pixels.shape[:2], np.float32), [np.int32(corners)], 1.0))
 
 
+def half_shaded(pixels: np.ndarray) -> np.ndarray:
+    """A window's edge throws a shadow over the left part."""
+    corners = np.array([(0, 0), (0.7, 0), (0.6, 1.0), (0, 1.0)]) * pixels.shape[1::-1]
+    return shaded(pixels, cv2.fillPoly(np.zeros(pixels.shape[:2], np.float32), [np.int32(corners)], 1.0), 0.45)
+
+
 def hand_shadow(pixels: np.ndarray) -> np.ndarray:
     """A palm's shadow at the lower edge, its fingers' over the digit."""
     height, width = pixels.shape[:2]
@@ -288,6 +294,7 @@ VARIANTS = {
     "a sheet on a desk": lambda d: on_a_desk(paint(draw(d), (170, 40, 40)), 7, 0.5),
     "a sheet on a desk in a wide photo": lambda d: on_a_desk(paint(draw(d, 200, 360)), -6, 0.7),
     "a sheet seen aslant": lambda d: seen_aslant(paint(draw(d, size=0.5))),
+    "a sheet half in a shadow on a desk": lambda d: half_shaded(on_a_desk(paint(draw(d, pen=0.06)), 4, 0.7)),
     "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
     "out of focus": lambda d: noise(cv2.GaussianBlur(paint(draw(d, size=0.75)), (0, 0), 12), 3),
