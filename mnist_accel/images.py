@@ -272,9 +272,8 @@ def _find(values: np.ndarray) -> Grey | None:
     tiny = min(grey.shape) <= 40
     even = grey if tiny else _even_light(grey)
     strength = _find_at_working_size(even, tight=tiny, tiny=tiny)
-    for level in () if strength is None or tiny else (0.5, 0.1):  # part of a sheet can lie in a shadow
-        sheet = find_sheet((strength > level).astype(np.uint8))
-        on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / max(strength.shape)))
+    if strength is not None and not tiny:
+        on_sheet = _find_on_sheet(values, strength)
         if on_sheet is not None:
             return on_sheet
     # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.
@@ -296,6 +295,17 @@ def _find(values: np.ndarray) -> Grey | None:
     )
     closer = _find_at_working_size(even[rows, columns])
     return strength if closer is None else closer
+
+
+def _find_on_sheet(values: np.ndarray, strength: Grey) -> Grey | None:
+    """The digit on the sheet of paper that was found instead of it, where that is so."""
+    scale = max(values.shape[:2]) / max(strength.shape)
+    for level in (0.5, 0.1):  # the fainter part of a sheet lies in a shadow
+        sheet = find_sheet((strength > level).astype(np.uint8))
+        found = None if sheet is None else _find(upright(values, sheet, scale))
+        if found is not None:
+            return found
+    return None
 
 
 def _even_light(grey: Grey) -> Grey:
