@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
 from mnist_accel.ink import find_digit, find_sheet, upright
+from mnist_accel.paper import even_light
 from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
 
 SIDE, BOX = 28, 20
@@ -270,7 +271,7 @@ def _find(values: np.ndarray) -> Grey | None:
     # Below 40 pixels there is no room for a line beside the digit: such images are the size-normalised crops of
     # archives (USPS, Semeion, optdigits).
     tiny = min(grey.shape) <= 40
-    even = grey if tiny else _even_light(grey)
+    even = grey if tiny else even_light(grey)
     strength = _find_at_working_size(even, tight=tiny, tiny=tiny)
     if strength is not None and not tiny:
         on_sheet = _find_on_sheet(values, strength)
@@ -306,32 +307,6 @@ def _find_on_sheet(values: np.ndarray, strength: Grey) -> Grey | None:
         if found is not None:
             return found
     return None
-
-
-def _even_light(grey: Grey) -> Grey:
-    """The image under the same light everywhere, where most of what is seen in it is one slow fall of light.
-
-    The light is a quadratic surface through most of the image, found by least squares whose weights come to leave the
-    ink out (Cauchy's function of the distance).
-    """
-    small = fitted(grey, 32, at_least=3)
-    terms = np.stack([np.broadcast_to(term, small.shape).ravel() for term in _quadratic_terms(*small.shape)], axis=1)
-    weights, values = np.ones(small.size), small.ravel()
-    for _ in range(10):
-        root = np.sqrt(weights)
-        factors = np.linalg.lstsq(terms * root[:, None], values * root, rcond=None)[0]
-        off = values - terms @ factors
-        weights = 1 / (1 + (off / (3 * np.median(np.abs(off)) + 1e-6)) ** 2)
-    if np.var(off) > 0.15 * np.var(values):
-        return grey  # other shadows have edges, and a surface would bend around them
-    surface = sum(factor * term for factor, term in zip(factors, _quadratic_terms(*grey.shape), strict=True))
-    light = np.maximum(np.float32(surface), np.float32(0.02))
-    return np.clip(grey / light * np.median(light), 0, 1)
-
-
-def _quadratic_terms(height: int, width: int) -> list[np.ndarray]:
-    y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    return [np.ones_like(x), x, y, x * x, y * y, x * y]
 
 
 def _find_at_working_size(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | None:

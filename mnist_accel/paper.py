@@ -9,6 +9,32 @@ from mnist_accel.parts import Grey, Mask, Parts, fitted, grown, is_narrow
 BROAD = 0.13
 
 
+def even_light(grey: Grey) -> Grey:
+    """The image under the same light everywhere, where most of what is seen in it is one slow fall of light.
+
+    The light is a quadratic surface through most of the image, found by least squares whose weights come to leave the
+    ink out (Cauchy's function of the distance).
+    """
+    small = fitted(grey, 32, at_least=3)
+    terms = np.stack([np.broadcast_to(term, small.shape).ravel() for term in _quadratic_terms(*small.shape)], axis=1)
+    weights, values = np.ones(small.size), small.ravel()
+    for _ in range(10):
+        root = np.sqrt(weights)
+        factors = np.linalg.lstsq(terms * root[:, None], values * root, rcond=None)[0]
+        off = values - terms @ factors
+        weights = 1 / (1 + (off / (3 * np.median(np.abs(off)) + 1e-6)) ** 2)
+    if np.var(off) > 0.15 * np.var(values):
+        return grey  # other shadows have edges, and a surface would bend around them
+    surface = sum(factor * term for factor, term in zip(factors, _quadratic_terms(*grey.shape), strict=True))
+    light = np.maximum(np.float32(surface), np.float32(0.02))
+    return np.clip(grey / light * np.median(light), 0, 1)
+
+
+def _quadratic_terms(height: int, width: int) -> list[np.ndarray]:
+    y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    return [np.ones_like(x), x, y, x * x, y * y, x * y]
+
+
 def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     """Where there is dark ink, how much darker than the paper each pixel is (see `_ink_strength`), and its noise."""
     strength, noise = _ink_strength(smooth, tight)
