@@ -52,7 +52,10 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
         if foreign.any():
             # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
             rest = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
-            digit = _of_one_pen(_digit_parts(inked(rest, noise), rest), rest)
+            ink = inked(rest, noise)
+            parts = Parts(ink)
+            shading = parts.at_edge() & (parts.sums(mask) < 0.5 * parts.area)  # which only the frame had outshone
+            digit = _of_one_pen(_digit_parts(ink & ~shading[parts.labels], rest), rest)
             # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left;
             # but it covers no half of one of the image's sides, as a scanner's dark edge does.
             sides = foreign[0], foreign[-1], foreign[:, 0], foreign[:, -1]

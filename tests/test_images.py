@@ -64,6 +64,12 @@ def lamp(pixels: np.ndarray) -> np.ndarray:
     return (pixels * (1 - fall)[..., None]).astype(np.uint8)
 
 
+def vignette(pixels: np.ndarray) -> np.ndarray:
+    """Light that falls off by three tenths from the middle to the corners, as in a cheap lens."""
+    y, x = (np.mgrid[: pixels.shape[0], : pixels.shape[1]] / len(pixels)) - 0.5
+    return (pixels * (1 - 0.6 * (x**2 + y**2))[..., None]).astype(np.uint8)
+
+
 def ruled(pixels: np.ndarray) -> np.ndarray:
     lines = pixels.copy()
     for y in range(20, len(lines), 60):
@@ -273,6 +279,8 @@ VARIANTS = {
     "a frame inside, light on dark": lambda d: 255 - paint(frame(draw(d), 0.08, 0.02)),
     "a grey pencil's digit in a black frame": lambda d: noise(
         paint(frame(draw(d) * 0.35, 0.02, 0.05), (0, 0, 0)), 2),
+    "a grey pencil's digit in a black box on paper darker at its rim": lambda d: noise(vignette(
+        paint(frame(draw(d, size=0.4, pen=0.05) * 0.25, 0.2, 0.015), (0, 0, 0))), 2),
     "in a circle": lambda d: paint(cv2.circle(draw(d, size=0.4, pen=0.05), (100, 100), 64, 1.0, 6)),
     "in a box on a page": lambda d: paint(
         cv2.rectangle(draw(d, 400, 400, 0.25, 0.03), (125, 125), (275, 275), 1.0, 5)),
