@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.image_files import Seen, readable
-from mnist_accel.ink import find_digit, find_sheet, upright
+from mnist_accel.ink import find_digit, find_light_sheet, find_sheet, upright
 from mnist_accel.paper import even_light
 from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
 
@@ -271,6 +271,11 @@ def _find(values: np.ndarray) -> Grey | None:
     # Below 40 pixels there is no room for a line beside the digit: such images are the size-normalised crops of
     # archives (USPS, Semeion, optdigits).
     tiny = min(grey.shape) <= 40
+    sheet = None if tiny else find_light_sheet(fitted(grey, 160))
+    on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / 160))
+    # A digit that the sheet's edge cuts lies in a patch of light.
+    if on_sheet is not None and not Parts((on_sheet > 0.5).astype(np.uint8)).at_edge().any():
+        return on_sheet
     even = grey if tiny else even_light(grey)
     strength = _find_at_working_size(even, tight=tiny, tiny=tiny)
     if strength is not None and not tiny:

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 from mnist_accel.lines import foreign_parts
-from mnist_accel.paper import find_ink, inked, is_dark_ink, otsu_level
+from mnist_accel.paper import find_ink, inked, is_dark_ink, otsu, otsu_level
 from mnist_accel.parts import (
     Grey,
     Mask,
@@ -121,13 +121,29 @@ def find_sheet(found: Mask) -> Sheet | None:
     return _solid_card(found) if sheet is None else sheet
 
 
-def _written_sheet(found: Mask) -> Sheet | None:
+def find_light_sheet(grey: Grey) -> Sheet | None:
+    """A sheet with strokes on it, all of it in the image, on something much darker, whatever shadows cross it."""
+    smooth = cv2.GaussianBlur(grey, (0, 0), max(0.5, max(grey.shape) / 256))
+    light = (smooth * 255 > otsu(smooth)).astype(np.uint8)
+    gap = int(0.11 * max(light.shape)) | 1  # strokes and shadows are narrower
+    closed = cv2.copyMakeBorder(light, gap, gap, gap, gap, cv2.BORDER_CONSTANT)
+    closed = cv2.morphologyEx(closed, cv2.MORPH_CLOSE, np.ones((gap, gap), np.uint8))[gap:-gap, gap:-gap]
+    parts = Parts(closed)
+    if parts.count < 2 or parts.at_edge()[parts.largest()] or parts.area[parts.largest()] < 0.2 * light.size:
+        return None
+    whole = parts.mask(parts.largest())
+    around = float(np.median(smooth[whole == 0]))
+    is_lighter = float(np.median(smooth[(light & whole) > 0])) > 1.5 * around
+    return _written_sheet(light & whole, whole) if is_lighter else None
+
+
+def _written_sheet(found: Mask, whole: Mask | None = None) -> Sheet | None:
     """The sheet with strokes on it, lying on something of another brightness, that was found instead of a digit.
 
     That is a disc or a rectangle, seen aslant perhaps, with holes much narrower than what is left of it beside
     them: the counters of a bold zero or eight are not. None where nothing of the kind was found.
     """
-    outlines = cv2.findContours(found, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    outlines = cv2.findContours(found if whole is None else whole, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     outline = max(outlines, key=cv2.contourArea)
     hull = cv2.convexHull(outline)
     corners = cv2.approxPolyDP(hull, 0.04 * cv2.arcLength(hull, True), True)

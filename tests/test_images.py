@@ -302,6 +302,8 @@ VARIANTS = {
     "a sheet on a desk": lambda d: on_a_desk(paint(draw(d), (170, 40, 40)), 7, 0.5),
     "a sheet on a desk in a wide photo": lambda d: on_a_desk(paint(draw(d, 200, 360)), -6, 0.7),
     "a sheet seen aslant": lambda d: seen_aslant(paint(draw(d, size=0.5))),
+    "a window's bars over a sheet on a dark desk": lambda d: window_shadow(
+        on_a_desk(paint(draw(d, pen=0.06), (30, 40, 60)), 4, 0.75)),
     "a sheet half in a shadow on a desk": lambda d: half_shaded(on_a_desk(paint(draw(d, pen=0.06)), 4, 0.7)),
     "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
