@@ -48,7 +48,7 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
             smooth, (mask, strength, noise) = 1 - smooth, other
     if not tight:
         mask, strength = _filled(mask, strength, smooth)
-        foreign = foreign_parts(mask)
+        foreign = foreign_parts(mask, strength)
         if foreign.any():
             # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
             rest = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))

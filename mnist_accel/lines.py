@@ -3,12 +3,12 @@
 import cv2
 import numpy as np
 
-from mnist_accel.parts import Mask, Parts, box_of, grown, longest_side, stroke_width, without_holes
+from mnist_accel.parts import Grey, Mask, Parts, box_of, grown, longest_side, stroke_width, without_holes
 
 
-def foreign_parts(mask: Mask) -> Mask:
+def foreign_parts(mask: Mask, strength: Grey) -> Mask:
     """What is no part of the digit: frames, the lines of tables and of ruled paper, what reaches in from outside."""
-    lines = _crossing_lines(mask)
+    lines = _crossing_lines(mask, strength)
     lines |= _touched_lines(mask & ~lines)
     height, width = mask.shape
     parts = Parts(mask & ~lines)
@@ -53,7 +53,7 @@ def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
     return hole.sum() > 0.6 * filled.sum() and inside[box_of(inside)].shape[0] > 0.28 * height
 
 
-def _crossing_lines(mask: Mask) -> Mask:
+def _crossing_lines(mask: Mask, strength: Grey) -> Mask:
     """Straight lines that run through the whole image, and are no strokes of the digit."""
     lines = _level_lines(mask) + [line.T for line in _level_lines(mask.T.copy())]
     result = np.zeros_like(mask)
@@ -64,11 +64,11 @@ def _crossing_lines(mask: Mask) -> Mask:
         return result
     # A 7's bar, or a 4's stem, in a close crop, is told from a line by what is left: without the line, the digit stands
     # free of the image's edges; without the bar, the 7's stem still reaches one. A line through the middle must also be
-    # thinner than the pen.
+    # thinner than the pen. A printed line can also be told by its being darker than what was written.
     height, width = mask.shape
     digit, free = rest.mask(rest.largest()), not rest.at_edge()[rest.largest()]
     near, pen, longest = grown(digit, 3), stroke_width(digit), longest_side(digit)
-    across = box_of(digit)[1]
+    across, ink = box_of(digit)[1], float(np.median(strength[digit > 0]))
     for line in lines:
         rows, columns = box_of(line)
         at_border = min(rows.stop, columns.stop) - 1 < 0.2 * max(height, width)
@@ -76,7 +76,8 @@ def _crossing_lines(mask: Mask) -> Mask:
         # No bar of a digit reaches far beyond it on both sides.
         level = columns.stop - columns.start > rows.stop - rows.start
         beyond = level and min(across.start, width - across.stop) > 0.25 * longest
-        if not (near & line).any() or (free and (at_border or beyond or stroke_width(line) < 0.6 * pen)):
+        printed = at_border and float(np.median(strength[line > 0])) > 1.25 * ink
+        if not (near & line).any() or printed or (free and (at_border or beyond or stroke_width(line) < 0.6 * pen)):
             result |= line
     # Where two lines cross, the dot that each of them takes for a stroke of the other is left.
     left = Parts(mask & ~result)

@@ -342,6 +342,15 @@ def test_a_grids_line_darker_than_a_digit_that_the_edge_cuts_does_not_make_it_a_
     assert likeness(to_mnist(noise(paint(ink), 3)), whole) > 0.8
 
 
+@pytest.mark.parametrize("digit", [0, 1, 2, 5])
+def test_a_cells_printed_lines_go_though_a_digit_that_they_touch_is_cut_by_the_edge(digit):
+    ink = 0.55 * draw(digit, size=0.8, pen=0.11, at=(0.55, 0.27))
+    whole = to_mnist(paint(ink))
+    for start, end in (((0, 196), (199, 194)), ((193, 0), (195, 199))):
+        cv2.line(ink, start, end, 1.0, 9)
+    assert likeness(to_mnist(noise(paint(ink), 3)), whole) > 0.9
+
+
 def test_all_parts_of_a_broken_digit_are_kept():
     ink = draw(5)
     ink[95:100] = 0
