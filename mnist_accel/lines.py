@@ -138,6 +138,8 @@ def _level_lines(mask: Mask, shortest: float | None = None) -> list[Mask]:
             thickness = line.sum(0)[line.any(0)]
             # The median: a bar that lies along the line is none of its thickness.
             side = int(1.7 * float(np.median(thickness))) + 3
-            tall: Mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((side, 1), np.uint8))
+            # Outside the image nothing is tall: by default OpenCV has what touches an edge go on there.
+            stem = np.ones((side, 1), np.uint8)
+            tall: Mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, stem, borderType=cv2.BORDER_CONSTANT, borderValue=0)
             lines.append(line & ~tall)
     return [line for line in lines if line.any()]

@@ -342,7 +342,7 @@ def test_a_grids_line_darker_than_a_digit_that_the_edge_cuts_does_not_make_it_a_
     assert likeness(to_mnist(noise(paint(ink), 3)), whole) > 0.8
 
 
-@pytest.mark.parametrize("digit", [0, 1, 2, 5])
+@pytest.mark.parametrize("digit", [0, 1, 4, 5, 7])
 def test_a_cells_printed_lines_go_though_a_digit_that_they_touch_is_cut_by_the_edge(digit):
     ink = 0.55 * draw(digit, size=0.8, pen=0.11, at=(0.55, 0.27))
     whole = to_mnist(paint(ink))
