@@ -99,17 +99,20 @@ class RunFolder:
                 other options or data, or it is beyond the run's last step.
         """
         new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        with _user_error(self.path):
-            if _given_folder(config) is None:
-                self.path = _claimed(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-        self._lock()  # before looking: a run that is being stopped still writes
         try:
-            return self._begin(config, fingerprint, last_step)
+            with _user_error(self.path):
+                if _given_folder(config) is None:
+                    self.path = _claimed(self.path)
+                self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()  # before looking: a run that is being stopped still writes
+            try:
+                return self._begin(config, fingerprint, last_step)
+            except UserError:
+                self.release()
+                raise
         except UserError:  # what is refused is left as it was
-            self.release()
-            with suppress(OSError):
-                for folder in new_folders:
+            for folder in new_folders:
+                with suppress(OSError):
                     folder.rmdir()
             raise
 

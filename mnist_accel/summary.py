@@ -59,8 +59,10 @@ class Summary:
 
 
 def confusion_lines(counts: np.ndarray, class_names: list[str]) -> list[str]:
-    """Counts by true and predicted class, int64 (C, C), as lines of text; long names are cut above the columns."""
+    """Counts by true and predicted class, int64 (C, C), as lines; column names are cut where that tells them apart."""
     short = [name[:7] for name in class_names]
+    if len(set(short)) < len(short):
+        short = class_names
     width, cell = max(map(len, class_names)), 2 + max(map(len, [*short, str(counts.max())]))
     lines = ["Confusion matrix (rows: true, columns: predicted)"]
     for name, cells in zip(["", *class_names], [short, *counts], strict=True):

@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -15,6 +16,7 @@ from mnist_accel.cli import UserError
 from mnist_accel.data import Split
 from mnist_accel.evaluation import evaluate, load_for_evaluation, predict_logits
 from mnist_accel.models import build_model, save_model
+from mnist_accel.summary import confusion_lines
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "evaluate.py"
 CPU = torch.device("cpu")
@@ -197,3 +199,10 @@ def test_users_mistakes_are_named(run_evaluate, arguments, message):
 def test_an_output_that_cannot_be_written_is_the_users_mistake(run_evaluate, saved, tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         run_evaluate("--model", saved[0], "--dataset", "digits", "--output", tmp_path)
+
+
+def test_long_class_names_are_cut_above_the_columns_only_where_they_stay_different():
+    counts = np.array([[5, 1], [0, 7]])
+    assert confusion_lines(counts, ["number_one", "digit"])[1].split() == ["number_", "digit"]
+    header = confusion_lines(counts, ["number_one", "number_two"])[1]
+    assert header.split() == ["number_one", "number_two"]

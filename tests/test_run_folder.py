@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mnist_accel import run_folder
-from mnist_accel.checkpoint import STATE_NAME, write_checkpoint
+from mnist_accel.checkpoint import CHECKSUM_NAME, STATE_NAME, write_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import PROVENANCE, TrainConfig, parse_config
 from mnist_accel.model_card import model_card
@@ -50,6 +50,7 @@ def test_a_run_all_of_whose_checkpoints_are_damaged_is_not_started_over(died_ear
         checkpoint = died_early.checkpoints / f"step_{step:08d}"
         checkpoint.mkdir(parents=True)
         (checkpoint / STATE_NAME).write_bytes(b"half")
+        (checkpoint / CHECKSUM_NAME).write_bytes(b"")
     with pytest.raises(UserError, match="step_00000003 is damaged"):
         died_early.open(CONFIG, "the same", 100)
     assert capsys.readouterr().out.startswith(
@@ -114,6 +115,10 @@ def test_resume_auto_without_a_folder_says_that_it_starts_afresh(tmp_path, monke
 def test_a_refused_start_leaves_no_folder(tmp_path):
     config = TrainConfig(resume=str(tmp_path / "typing" / "mistake"))
     with pytest.raises(UserError, match="no checkpoint at"):
+        RunFolder(choose_folder(config)).open(config, "data", 100)
+    assert not list(tmp_path.iterdir())
+    config = TrainConfig(output_dir=str(tmp_path / "new" / ("a" * 300) / "run"))
+    with pytest.raises(UserError, match="too long"):
         RunFolder(choose_folder(config)).open(config, "data", 100)
     assert not list(tmp_path.iterdir())
 
