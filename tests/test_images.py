@@ -277,6 +277,7 @@ VARIANTS = {
     "red ink on green as bright": lambda d: paint(draw(d), (200, 100, 100), (100, 150, 107)),
     "a frame on the edge": lambda d: paint(frame(draw(d), 0.0, 0.03)),
     "a frame inside, light on dark": lambda d: 255 - paint(frame(draw(d), 0.08, 0.02)),
+    "a frame in a wide picture": lambda d: paint(cv2.rectangle(draw(d, 200, 330), (9, 9), (320, 190), 1.0, 5)),
     "a grey pencil's digit in a black frame": lambda d: noise(
         paint(frame(draw(d) * 0.35, 0.02, 0.05), (0, 0, 0)), 2),
     "a grey pencil's digit in a black box on paper darker at its rim": lambda d: noise(vignette(
