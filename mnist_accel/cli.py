@@ -193,7 +193,8 @@ def _known_cause(error: RuntimeError) -> str:
 
 def _report(message: str, anyone: bool = False) -> int:
     if anyone or is_first_rank():
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+        with suppress(OSError):  # where nobody reads, the status alone tells
+            print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
 
 

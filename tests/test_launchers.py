@@ -419,3 +419,10 @@ def test_an_output_on_a_full_disk_is_one_line_and_status_2():
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     (line,) = result.stderr.replace("remarked\n", "").splitlines()
     assert result.returncode == 2 and line.startswith("error: cannot write the output: No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is there on Linux only")
+def test_a_mistake_ends_with_status_2_where_it_cannot_be_told():
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--no-such-option"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, stderr=full, timeout=60, check=False).returncode == 2
