@@ -41,6 +41,7 @@ READ_SIDE = 1024
 # Longest side at which ink is looked for. Small scans are enlarged to the first so that a threshold follows their
 # grey edges between pixels; photos are reduced to the second, which also averages their noise away.
 SMALL_SIDE, LARGE_SIDE = 96, 224
+SHEET_SIDE = 160  # that at which a sheet of paper is looked for
 
 
 class ImageError(ValueError):
@@ -271,8 +272,8 @@ def _find(values: np.ndarray) -> Grey | None:
     # Below 40 pixels there is no room for a line beside the digit: such images are the size-normalised crops of
     # archives (USPS, Semeion, optdigits).
     tiny = min(grey.shape) <= 40
-    sheet = None if tiny else find_light_sheet(fitted(grey, 160))
-    on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / 160))
+    sheet = None if tiny else find_light_sheet(fitted(grey, SHEET_SIDE))
+    on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / SHEET_SIDE))
     # A digit that the sheet's edge cuts lies in a patch of light.
     if on_sheet is not None and not Parts((on_sheet > 0.5).astype(np.uint8)).at_edge().any():
         return on_sheet

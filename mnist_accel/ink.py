@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 from mnist_accel.lines import foreign_parts
-from mnist_accel.paper import find_ink, inked, is_dark_ink, otsu, otsu_level
+from mnist_accel.paper import denoised, find_ink, inked, is_dark_ink, otsu, otsu_level
 from mnist_accel.parts import (
     Grey,
     Mask,
@@ -36,8 +36,7 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
     Returns:
         (H, W) float32 in 0..1, with a margin on all sides where a thin stroke was made wider; ink is what is over 0.5.
     """
-    # Noise below a hundredth of the image is no stroke.
-    smooth = cv2.GaussianBlur(grey, (0, 0), max(0.5, max(grey.shape) / 256))
+    smooth = denoised(grey)
     if not is_dark_ink(smooth, tight):
         smooth = 1 - smooth
     mask, strength, noise = find_ink(smooth, tight)
@@ -117,13 +116,13 @@ def _is_shading(strength: Grey, part: Mask) -> bool:
 
 def find_sheet(found: Mask) -> Sheet | None:
     """The sheet, note or plate that was found instead of the digit on it; None where it is no such thing."""
-    sheet = _written_sheet(found)
+    sheet = _written_sheet(found, found)
     return _solid_card(found) if sheet is None else sheet
 
 
 def find_light_sheet(grey: Grey) -> Sheet | None:
     """A sheet with strokes on it, all of it in the image, on something much darker, whatever shadows cross it."""
-    smooth = cv2.GaussianBlur(grey, (0, 0), max(0.5, max(grey.shape) / 256))
+    smooth = denoised(grey)
     light = (smooth * 255 > otsu(smooth)).astype(np.uint8)
     gap = int(0.11 * max(light.shape)) | 1  # strokes and shadows are narrower
     closed = cv2.copyMakeBorder(light, gap, gap, gap, gap, cv2.BORDER_CONSTANT)
@@ -137,13 +136,14 @@ def find_light_sheet(grey: Grey) -> Sheet | None:
     return _written_sheet(light & whole, whole) if is_lighter else None
 
 
-def _written_sheet(found: Mask, whole: Mask | None = None) -> Sheet | None:
+def _written_sheet(found: Mask, whole: Mask) -> Sheet | None:
     """The sheet with strokes on it, lying on something of another brightness, that was found instead of a digit.
 
     That is a disc or a rectangle, seen aslant perhaps, with holes much narrower than what is left of it beside
-    them: the counters of a bold zero or eight are not. None where nothing of the kind was found.
+    them: the counters of a bold zero or eight are not. None where nothing of the kind was found. `whole` is what was
+    found, with the gaps filled that shadows cut into its outline.
     """
-    outlines = cv2.findContours(found if whole is None else whole, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+    outlines = cv2.findContours(whole, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     outline = max(outlines, key=cv2.contourArea)
     hull = cv2.convexHull(outline)
     corners = cv2.approxPolyDP(hull, 0.04 * cv2.arcLength(hull, True), True)

@@ -81,10 +81,7 @@ def _crossing_lines(mask: Mask, strength: Grey) -> Mask:
             result |= line
     # Where two lines cross, the dot that each of them takes for a stroke of the other is left.
     left = Parts(mask & ~result)
-    touching = np.zeros(left.count, bool)
-    touching[left.labels[grown(result, 3) > 0]] = True
-    dots = touching & (left.size.max(1) <= 2.5 * stroke_width(result) + 2)
-    dots[0] = False
+    dots = left.touching(grown(result, 3)) & (left.size.max(1) <= 2.5 * stroke_width(result) + 2)
     return result | dots.astype(np.uint8)[left.labels]
 
 

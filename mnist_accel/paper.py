@@ -35,6 +35,11 @@ def _quadratic_terms(height: int, width: int) -> list[np.ndarray]:
     return [np.ones_like(x), x, y, x * x, y * y, x * y]
 
 
+def denoised(grey: Grey) -> Grey:
+    """The image without its finest detail: noise below a hundredth of it is no stroke."""
+    return cv2.GaussianBlur(grey, (0, 0), max(0.5, max(grey.shape) / 256))
+
+
 def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     """Where there is dark ink, how much darker than the paper each pixel is (see `_ink_strength`), and its noise."""
     strength, noise = _ink_strength(smooth, tight)
@@ -51,8 +56,10 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     dark, faint = (float(np.median(part)) if part.size else 0.0 for part in (inside[is_dark], inside[~is_dark]))
     strokes &= narrow > 0.5 * (dark + faint)
     rest = mask & ~grown(strokes, 3)
+    if rest.sum() < 0.2 * strokes.sum() or not _holds_a_digit(strokes, rest):
+        return mask, strength, noise
     shadow = rest & _from_outside(smooth, rest)
-    if rest.sum() < 0.2 * strokes.sum() or shadow.sum() <= 0.5 * rest.sum() or not _holds_a_digit(strokes, rest):
+    if shadow.sum() <= 0.5 * rest.sum():
         return mask, strength, noise
     if np.median(strength[strokes > 0]) < 1.4 * np.median(strength[shadow > 0]):
         return mask, strength, noise
@@ -78,8 +85,7 @@ def _from_outside(smooth: Grey, mask: Mask) -> Mask:
     outside = broad.at_edge()[broad.labels].astype(np.uint8)
     outside[[0, -1]], outside[:, [0, -1]] = 1, 1
     parts = Parts(mask)
-    reaching = np.unique(parts.labels[grown(outside, 9) > 0])
-    return np.isin(parts.labels, reaching[reaching > 0]).astype(np.uint8)
+    return parts.touching(grown(outside, 9)).astype(np.uint8)[parts.labels]
 
 
 def inked(strength: Grey, noise: float) -> Mask:

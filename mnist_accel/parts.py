@@ -60,6 +60,12 @@ class Parts:
         reach = ((self.start == 0) | (self.end == self.labels.shape[::-1])).any(1)
         return reach & (np.arange(self.count) > 0)
 
+    def touching(self, mask: Mask) -> np.ndarray:
+        """Which parts, the rest aside, have a pixel in this mask."""
+        reach = np.zeros(self.count, bool)
+        reach[self.labels[mask > 0]] = True
+        return reach & (np.arange(self.count) > 0)
+
     def sums(self, values: np.ndarray) -> np.ndarray:
         """The sum of (H, W) values over each part."""
         return np.bincount(self.labels.ravel(), weights=values.ravel(), minlength=self.count)

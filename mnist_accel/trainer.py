@@ -233,7 +233,8 @@ class Trainer:
         }
         state.history.append(row)
         state.loss_sum, state.seconds = 0.0, 0.0
-        best, is_best = state.best, state.best is row
+        best = state.best
+        is_best = best is row
         self.reporter.say(
             f"{self.eval_name.capitalize()} set: {result.as_line()}, epoch {epoch}"
             + (" - new best" if is_best else f" - best so far {best['eval_accuracy']:.2%} in epoch {best['epoch']}")

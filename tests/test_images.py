@@ -153,16 +153,20 @@ def shaded(pixels: np.ndarray, shadow: np.ndarray, part: float = 0.4) -> np.ndar
     return np.rint(pixels * light[..., None]).astype(np.uint8)
 
 
+def polygon(pixels: np.ndarray, *corners: tuple[float, float]) -> np.ndarray:
+    """1 within these corners, given as shares of the image's width and height, and 0 beyond."""
+    points = np.int32(np.array(corners) * pixels.shape[1::-1])
+    return cv2.fillPoly(np.zeros(pixels.shape[:2], np.float32), [points], 1.0)
+
+
 def phone_shadow(pixels: np.ndarray) -> np.ndarray:
     """The shadow of what takes the picture reaches in from below."""
-    corners = np.array([(0.4, 1.0), (0.44, 0.4), (0.68, 0.43), (0.7, 1.0)]) * pixels.shape[1::-1]
-    return shaded(pixels, cv2.fillPoly(np.zeros(pixels.shape[:2], np.float32), [np.int32(corners)], 1.0))
+    return shaded(pixels, polygon(pixels, (0.4, 1.0), (0.44, 0.4), (0.68, 0.43), (0.7, 1.0)))
 
 
 def half_shaded(pixels: np.ndarray) -> np.ndarray:
     """A window's edge throws a shadow over the left part."""
-    corners = np.array([(0, 0), (0.7, 0), (0.6, 1.0), (0, 1.0)]) * pixels.shape[1::-1]
-    return shaded(pixels, cv2.fillPoly(np.zeros(pixels.shape[:2], np.float32), [np.int32(corners)], 1.0), 0.45)
+    return shaded(pixels, polygon(pixels, (0, 0), (0.7, 0), (0.6, 1.0), (0, 1.0)), 0.45)
 
 
 def hand_shadow(pixels: np.ndarray) -> np.ndarray:
@@ -188,9 +192,7 @@ def window_shadow(pixels: np.ndarray) -> np.ndarray:
 
 def sunlit(pixels: np.ndarray) -> np.ndarray:
     """The sun shines through a window onto a part of the paper and of the digit."""
-    height, width = pixels.shape[:2]
-    corners = np.array([(0.1, 0.15), (0.55, 0.1), (0.6, 0.6), (0.15, 0.65)]) * (width, height)
-    return shaded(pixels, 1 - cv2.fillPoly(np.zeros((height, width), np.float32), [np.int32(corners)], 1.0))
+    return shaded(pixels, 1 - polygon(pixels, (0.1, 0.15), (0.55, 0.1), (0.6, 0.6), (0.15, 0.65)))
 
 
 def on_a_page(picture: np.ndarray, margin: int) -> np.ndarray:
