@@ -230,15 +230,17 @@ def _without_margin(values: np.ndarray) -> np.ndarray:
     if np.abs(corners - margin).max() > 0.03:
         return values
     bands = zip(cv2.split(values), margin, strict=True)  # by channel: numpy is slow along an axis of three
-    off = np.bitwise_or.reduce([np.abs(band - level) > 0.03 for band, level in bands]).astype(np.uint8)
-    if not off.any():
+    difference = np.maximum.reduce([np.abs(band - level) for band, level in bands])
+    off = (difference > 0.03).astype(np.uint8)
+    # Uneven light has no level of its own around it.
+    if not off.any() or np.median(difference[off == 0]) > 0.01:
         return values
     # The largest part: a page has text beside its picture, and a phone's screen has the clock.
     parts = Parts(off)
     rows, columns = box_of(parts.mask(parts.largest()))
     inner = off[rows, columns]
     # A drawing on a blank page differs from it only where its strokes are, a photo of paper almost everywhere.
-    if min(inner.shape) < 40 or inner.size == off.size or inner.mean() < 0.9:
+    if min(inner.shape) < max(40, 0.4 * max(inner.shape)) or inner.size == off.size or inner.mean() < 0.9:
         return values
     depth = round(0.02 * min(inner.shape)) + 1  # the rim of a compressed picture is blurred
     picture = values[rows, columns][depth:-depth, depth:-depth]

@@ -123,7 +123,17 @@ def find_sheet(found: Mask) -> Sheet | None:
 def find_light_sheet(grey: Grey) -> Sheet | None:
     """A sheet with strokes on it, all of it in the image, on something much darker, whatever shadows cross it."""
     smooth = denoised(grey)
-    light = (smooth * 255 > otsu(smooth)).astype(np.uint8)
+    level = otsu(smooth) / 255
+    # Where the sun falls on a half of the sheet, the other half is nearer to the desk in brightness than to it.
+    for lowest in (otsu(np.minimum(smooth, level)) / 255, level):
+        sheet = _sheet_lighter_than(smooth, lowest)
+        if sheet is not None:
+            return sheet
+    return None
+
+
+def _sheet_lighter_than(smooth: Grey, level: float) -> Sheet | None:
+    light = (smooth > level).astype(np.uint8)
     gap = int(0.11 * max(light.shape)) | 1  # strokes and shadows are narrower
     closed = cv2.copyMakeBorder(light, gap, gap, gap, gap, cv2.BORDER_CONSTANT)
     closed = cv2.morphologyEx(closed, cv2.MORPH_CLOSE, np.ones((gap, gap), np.uint8))[gap:-gap, gap:-gap]

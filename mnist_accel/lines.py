@@ -55,7 +55,8 @@ def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
 
 def _crossing_lines(mask: Mask, strength: Grey) -> Mask:
     """Straight lines that run through the whole image, and are no strokes of the digit."""
-    lines = _level_lines(mask) + [line.T for line in _level_lines(mask.T.copy())]
+    lines = _level_lines(mask, 0.98 * mask.shape[1], 0.25)
+    lines += [line.T for line in _level_lines(mask.T.copy(), 0.98 * mask.shape[0], 0.25)]
     result = np.zeros_like(mask)
     if not lines:
         return result
@@ -97,8 +98,8 @@ def _touched_lines(mask: Mask) -> Mask:
     whole = parts.mask(part)
     box = box_of(whole)
     shape = whole[box]
-    level = _level_lines(shape, 0.5 * extent[part])
-    upright = [line.T for line in _level_lines(shape.T.copy(), 0.5 * extent[part])]
+    level = _level_lines(shape, 0.5 * extent[part], 0.12)
+    upright = [line.T for line in _level_lines(shape.T.copy(), 0.5 * extent[part], 0.12)]
     if len(level) > 1 and len(upright) > 1:
         strokes = shape & ~np.bitwise_or.reduce(level + upright)
         pen = max(stroke_width(each) for each in [*level, *upright, strokes])
@@ -119,17 +120,16 @@ def _touched_lines(mask: Mask) -> Mask:
     return result
 
 
-def _level_lines(mask: Mask, shortest: float | None = None) -> list[Mask]:
-    """The pixels of each line within 5 degrees of level that runs from edge to edge, or is not shorter than this."""
+def _level_lines(mask: Mask, shortest: float, thickest: float) -> list[Mask]:
+    """The pixels of each line about level that is at least so many pixels long and this share of the mask thick."""
     height, width = mask.shape
-    shortest = 0.98 * width if shortest is None else shortest
     # A slanting line is a staircase of runs; thickened a little, runs of a quarter of the width hold together.
     thick = cv2.dilate(mask, np.ones((round(0.02 * height) | 1, 1), np.uint8))
     runs = Parts(cv2.morphologyEx(thick, cv2.MORPH_OPEN, np.ones((1, max(3, width // 4)), np.uint8)) & mask)
     lines = []
     for run in range(1, runs.count):
         (wide, high), area = runs.size[run], runs.area[run]
-        if wide >= shortest and high <= 0.25 * height and area <= 0.12 * height * wide:
+        if wide >= shortest and high <= 0.25 * height and area <= thickest * height * wide:
             # Strokes that cross the line are taller than it is thick: they stay whole.
             line = runs.mask(run)
             thickness = line.sum(0)[line.any(0)]

@@ -127,11 +127,11 @@ def with_specks(ink: np.ndarray) -> np.ndarray:
     return speckled
 
 
-def on_a_desk(sheet: np.ndarray, degrees: float, share: float) -> np.ndarray:
+def on_a_desk(sheet: np.ndarray, degrees: float, share: float, wood=(120, 85, 55)) -> np.ndarray:
     """A sheet, askew, on a desk of streaky wood whose sides it is this share of."""
     height, width = (round(extent / share) for extent in sheet.shape[:2])
-    wood = np.array([120, 85, 55]) + 12 * np.sin(np.arange(height) / 5)[:, None, None]
-    desk = np.rint(np.broadcast_to(wood, (height, width, 3))).astype(np.uint8)
+    streaks = np.array(wood) + 12 * np.sin(np.arange(height) / 5)[:, None, None]
+    desk = np.rint(np.broadcast_to(streaks, (height, width, 3))).astype(np.uint8)
     turn = cv2.getRotationMatrix2D((sheet.shape[1] / 2, sheet.shape[0] / 2), degrees, 1.0)
     turn[:, 2] += 0.45 * (width - sheet.shape[1]), 0.45 * (height - sheet.shape[0])
     return cv2.warpAffine(sheet, turn, (width, height), desk.copy(), borderMode=cv2.BORDER_TRANSPARENT)
@@ -195,6 +195,10 @@ def sunlit(pixels: np.ndarray) -> np.ndarray:
     return shaded(pixels, 1 - polygon(pixels, (0.1, 0.15), (0.55, 0.1), (0.6, 0.6), (0.15, 0.65)))
 
 
+def half_sunlit(pixels: np.ndarray) -> np.ndarray:
+    return shaded(pixels, polygon(pixels, (0, 0), (0.45, 0), (0.5, 1), (0, 1)), 0.6)
+
+
 def on_a_page(picture: np.ndarray, margin: int) -> np.ndarray:
     return cv2.copyMakeBorder(picture, *4 * (margin,), cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
@@ -202,6 +206,14 @@ def on_a_page(picture: np.ndarray, margin: int) -> np.ndarray:
 def beside_a_desk(pixels: np.ndarray, share: float) -> np.ndarray:
     """Paper that ends within the picture: at the left the desk shows."""
     return np.concatenate([np.full_like(pixels[:, : round(share * pixels.shape[1])], 70), pixels], axis=1)
+
+
+def open_book(pixels: np.ndarray, width: float) -> np.ndarray:
+    """The fold between two pages, the digit in the middle of the left one: paper that bends away from the light."""
+    x = np.linspace(0, 2, 2 * pixels.shape[1])
+    fold = 1 - 0.6 * np.exp(-(((x - 1) / width) ** 2)) - 0.15 * np.exp(-(((x - 1.1) / (2 * width)) ** 2))
+    pages = np.concatenate([pixels, np.repeat(pixels[:, :1], pixels.shape[1], axis=1)], axis=1)
+    return (pages * fold[:, None]).astype(np.uint8)
 
 
 def in_a_grid(ink: np.ndarray) -> np.ndarray:
@@ -274,6 +286,9 @@ VARIANTS = {
     "a patch of sunlight": lambda d: noise(sunlit(paint(draw(d, pen=0.06), (30, 40, 60))), 3),
     "a photo on a white page": lambda d: on_a_page(noise(lamp(paint(draw(d, pen=0.06), paper=(190, 185, 175))), 3), 30),
     "paper that ends beside the digit": lambda d: noise(beside_a_desk(paint(draw(d)), 0.35), 3),
+    "a page of an open book": lambda d: noise(open_book(paint(draw(d, 400, 250, pen=0.06)), 0.15), 3),
+    "a page beside a book's deep fold": lambda d: noise(lamp(
+        open_book(paint(draw(d, 400, 250, pen=0.06), (90, 90, 95)), 0.2)), 3),
     "a cell of a grid": lambda d: paint(in_a_grid(draw(d, size=0.5, pen=0.05))),
     "creased paper": lambda d: noise(creased(paint(draw(d, pen=0.06), (30, 40, 60))), 4),
     "red ink on green as bright": lambda d: paint(draw(d), (200, 100, 100), (100, 150, 107)),
@@ -307,6 +322,8 @@ VARIANTS = {
     "a sheet seen aslant": lambda d: seen_aslant(paint(draw(d, size=0.5))),
     "a window's bars over a sheet on a dark desk": lambda d: window_shadow(
         on_a_desk(paint(draw(d, pen=0.06), (30, 40, 60)), 4, 0.75)),
+    "a sheet half in the sun on a dark desk": lambda d: noise(half_sunlit(
+        on_a_desk(paint(draw(d, pen=0.06)), 5, 0.6, wood=(50, 40, 30))), 2),
     "a sheet half in a shadow on a desk": lambda d: half_shaded(on_a_desk(paint(draw(d, pen=0.06)), 4, 0.7)),
     "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
