@@ -216,14 +216,20 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
     off_centre = np.hypot(*(parts.middle / mask.shape[::-1] - 0.5).T)
     # A line drawn under the digit can have more ink than the digit.
     flat = parts.size[:, 0] > 4 * parts.size[:, 1]
-    score = mass * (1 - 0.8 * off_centre) * np.where(at_edge, 0.5, 1.0) * np.where(flat, 0.3, 1.0)
+    # A magnet, a pin or a hole that was punched is as dark as ink and solid.
+    solid = (area > 0.7 * parts.size.prod(1)) & (parts.size.max(1) < 1.7 * parts.size.min(1))
+    score = mass * (1 - 0.8 * off_centre) * np.where(at_edge, 0.5, 1.0) * np.where(flat | solid, 0.3, 1.0)
     score[0] = -1
     kept = score == score.max()
     main_at_edge = at_edge[kept].any()
+    spot = solid & (parts.size.min(1) > 2 * stroke_width(parts.mask(score.argmax())))
     while True:
         # More than specks, and close to what is kept.
         start, end = parts.start[kept].min(0), parts.end[kept].max(0)
         gap = np.maximum(start - parts.end, parts.start - end).max(1)
+        # What lies around it is the shadow of its sheet, or half a frame.
+        inset = 0.2 * (end - start)
+        around = ((parts.start < start + inset) & (parts.end > end - inset)).all(1)
         close = (area > 0.03 * area[kept].sum()) & (gap <= 0.25 * (end - start).max())
         # What reaches the image's edge while the main part does not is a neighbour's.
         overlaps = (gap <= 0) & ((parts.middle > start) & (parts.middle < end)).all(1)
@@ -233,7 +239,7 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
         tall = parts.size[:, 1] / (end - start)[1]
         second = ~at_edge & (tall > 0.6) & (tall < 1.6)
         second &= (mass > 0.3 * mass[kept].max()) & (area > 0.3 * area[kept].max())
-        more = (own | second) & ~kept
+        more = (own | second) & ~kept & ~spot & ~around
         more[0] = False
         if not more.any():
             return kept.astype(np.uint8)[parts.labels]

@@ -199,6 +199,16 @@ def half_sunlit(pixels: np.ndarray) -> np.ndarray:
     return shaded(pixels, polygon(pixels, (0, 0), (0.45, 0), (0.5, 1), (0, 1)), 0.6)
 
 
+def pinned_up(note: np.ndarray) -> np.ndarray:
+    """A note on a wall, a magnet on it, and its shadow below and to the right of it."""
+    height, width = note.shape[:2]
+    wall = np.full((2 * height, 2 * width, 3), 200, np.uint8)
+    top, left = height // 2, width // 2
+    wall[top : top + height + height // 20, left : left + width + width // 20] = 160
+    wall[top : top + height, left : left + width] = note
+    return cv2.circle(wall, (width, top + height // 12), height // 10, (170, 30, 30), -1, cv2.LINE_AA)
+
+
 def on_a_page(picture: np.ndarray, margin: int) -> np.ndarray:
     return cv2.copyMakeBorder(picture, *4 * (margin,), cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
@@ -326,6 +336,8 @@ VARIANTS = {
         on_a_desk(paint(draw(d, pen=0.06)), 5, 0.6, wood=(50, 40, 30))), 2),
     "a sheet half in a shadow on a desk": lambda d: half_shaded(on_a_desk(paint(draw(d, pen=0.06)), 4, 0.7)),
     "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
+    "a note under a magnet": lambda d: noise(pinned_up(
+        paint(draw(d, size=0.5, pen=0.05, at=(0.52, 0.5)), (60, 70, 120), (225, 225, 215))), 3),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
     "out of focus": lambda d: noise(cv2.GaussianBlur(paint(draw(d, size=0.75)), (0, 0), 12), 3),
     "thin strokes": lambda d: paint(draw(d, pen=0.005)),
