@@ -169,7 +169,7 @@ def _ink_strength(smooth: Grey, tight: bool, paper: Grey | None = None) -> tuple
     if tight:
         # Archives' scans have even light, and so close a crop has too little paper to follow a shadow on.
         is_paper = smooth * 255 > otsu(smooth)
-        paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else 1.0)
+        paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else smooth.max())
     elif paper is None:
         paper = _paper(smooth, tight)
     # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant

@@ -414,6 +414,7 @@ def test_a_close_crop_of_a_narrow_digit_is_read_like_the_whole_picture(digit):
 def test_paper_without_ink_gives_zeros(side):
     random = np.random.default_rng(0)
     assert not to_mnist(np.full((side, side), 200, np.uint8)).any()
+    assert not to_mnist(np.full((side, -(-side * 2 // 5)), 255, np.uint8)).any()
     assert not to_mnist(np.zeros((side, side, 4), np.uint8)).any()
     if side > 8:
         assert not to_mnist(np.clip(random.normal(150, 8, (side, side)), 0, 255).astype(np.uint8)).any()
