@@ -103,15 +103,16 @@ def is_dark_ink(smooth: Grey, tight: bool) -> bool:
     small = fitted(smooth, 64, at_least=3)
     light = small if tight else np.log2(1 + small)
     roughness = _roughness(light, tight) - _roughness(1 - light, tight)
-    if not tight:
-        return roughness < 0
-    # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
     dark = small * 255 <= otsu(small)
     edge = _share_of_edges(dark)
+    if not tight:
+        # A thick stroke and the rim of paper around it can be as smooth.
+        return roughness + 0.1 * (edge - 0.5) < 0
+    # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
     corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
-    # Paper that covers less than half of the image, and yet all of its edge, is a frame.
+    # Paper that covers less than half of the image, and yet all of its edge, may be a frame.
     framed = (edge > 0.95 and dark.mean() < 0.5) or (edge < 0.05 and dark.mean() > 0.5)
-    return roughness < 0 if framed else edge + corners + 0.25 * roughness < 1
+    return roughness + edge < 0.5 if framed else edge + corners + 0.25 * roughness < 1
 
 
 def otsu(smooth: Grey) -> float:
