@@ -1,6 +1,7 @@
 """What predict_dir.py promises: one row per image, in order, the same on any number of threads and processes."""
 
 import csv
+import errno
 import json
 import os
 import socket
@@ -479,3 +480,13 @@ def test_a_name_that_is_too_long_is_one_line():
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and ended.stderr.startswith("error: File name too long: xxx")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_a_quota_or_a_limit_that_is_used_up_is_one_line(number):
+    program = (
+        "import sys\nfrom mnist_accel.cli import run_script\ndef main():\n    raise OSError(int(sys.argv[1]), 'full')"
+    )
+    command = [sys.executable, "-c", program + "\nrun_script(main)", str(number)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (2, "error: cannot write the output: full; make room\n")
