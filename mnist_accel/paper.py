@@ -55,7 +55,8 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     is_dark = inside >= otsu_level(inside)
     dark, faint = (float(np.median(part)) if part.size else 0.0 for part in (inside[is_dark], inside[~is_dark]))
     strokes &= narrow > 0.5 * (dark + faint)
-    rest = mask & ~grown(strokes, 3)
+    # The blur beside strokes is no shadow.
+    rest = cv2.morphologyEx(mask & ~grown(strokes, 3), cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
     if rest.sum() < 0.2 * strokes.sum() or not _holds_a_digit(strokes, rest):
         return mask, strength, noise
     shadow = rest & _from_outside(smooth, rest)

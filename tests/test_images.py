@@ -422,6 +422,15 @@ def test_a_rim_of_paper_around_a_thick_stroke_is_no_zero(margin):
         assert (seen > 100).sum(1).max() < 8
 
 
+@pytest.mark.parametrize("digit, pen, at, blur", [(4, 0.11, (0.6, 0.5), 1.0), (7, 0.09, (0.55, 0.55), 1.8)])
+def test_the_blur_beside_strokes_that_the_edge_cuts_is_no_shadow(digit, pen, at, blur):
+    """In a small photo it is as faint as a shadow and reaches in from outside, where the pen is darker further in."""
+    pressure = 0.62 + 0.38 * np.linspace(0, 1, 80)[:, None] ** 3
+    ink = draw(digit, 80, 80, size=0.85, pen=pen, at=at) * pressure
+    photo = cv2.GaussianBlur(paint(ink, (20, 40, 130), (190, 188, 180)), (0, 0), blur)
+    assert likeness(to_mnist(photo), reference(digit)) > 0.9
+
+
 @pytest.mark.parametrize("side", [1, 2, 16, 28, 41, 100, 700])
 def test_paper_without_ink_gives_zeros(side):
     random = np.random.default_rng(0)
