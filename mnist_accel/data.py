@@ -231,7 +231,7 @@ def _cached(name: str, key: list[Any], make: Callable[[], ImageData]) -> ImageDa
     # The folder follows the rule of huggingface_hub, without importing it.
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     digest = hashlib.sha256(json.dumps([CACHE_VERSION, *key]).encode()).hexdigest()[:32]
-    file = Path(home, "mnist_accel", f"{digest}.safetensors").expanduser()
+    file = Path(os.path.expanduser(home), "mnist_accel", f"{digest}.safetensors")
     data = _read_cache(file, name)
     if data is None:
         data = make()

@@ -1,5 +1,6 @@
 """The README.md beside saved weights: what the model is, how it was made, how it did, how to use it."""
 
+import os
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -38,7 +39,7 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
     """
     split, accuracy, task = facts["split"], facts["accuracy"], "image-classification"
     hub_id = hub_dataset(facts["dataset"])
-    dataset = hub_id or Path(facts["dataset"]).expanduser().resolve().name
+    dataset = hub_id or Path(os.path.expanduser(facts["dataset"])).resolve().name
     accuracies = {split: accuracy}
     if "test_accuracy" in facts:
         accuracies["test"] = facts["test_accuracy"]

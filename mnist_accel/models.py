@@ -6,6 +6,7 @@ normalisation is inside it, so that an exported file needs none. The training lo
 
 import json
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -296,7 +297,7 @@ def find_weights(path_or_hub_id: str | Path | None) -> Path:
     """
     if path_or_hub_id in (None, "shipped"):
         return SHIPPED
-    path = Path(path_or_hub_id).expanduser()
+    path = Path(os.path.expanduser(path_or_hub_id))
     if path.is_dir():
         for folder in (path, path / "best", path / "final"):
             if (folder / WEIGHTS_NAME).is_file():

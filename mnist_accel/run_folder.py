@@ -53,10 +53,10 @@ def _claimed(path: Path) -> Path:
 def _given_folder(config: TrainConfig) -> Path | None:
     """`--output-dir`, else the run that `--resume PATH` names itself or by one of its checkpoints; None for neither."""
     if config.output_dir:
-        return Path(config.output_dir).expanduser()
+        return Path(os.path.expanduser(config.output_dir))
     if config.resume is None or config.resume == "auto":
         return None
-    resumed = Path(config.resume).expanduser()
+    resumed = Path(os.path.expanduser(config.resume))
     is_checkpoint = (resumed / STATE_NAME).exists()
     if not is_checkpoint and not resumed.name.startswith("step_"):
         return resumed
@@ -128,7 +128,7 @@ class RunFolder:
                 print("warning: --resume auto finds nothing without --output-dir: a run of its own begins", flush=True)
             candidates = complete_checkpoints(self.checkpoints)
         elif config.resume is not None:
-            resumed = Path(config.resume).expanduser()
+            resumed = Path(os.path.expanduser(config.resume))
             candidates = complete_checkpoints(resumed / "checkpoints") or [resumed]
         checkpoint = _newest_readable(candidates)
         then, what = checkpoint or {}, "the checkpoint"

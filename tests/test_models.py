@@ -231,7 +231,9 @@ def test_a_pickle_is_neither_read_nor_taken_for_weights(folder, model):
     refused(folder, "model.safetensors")
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "nowhere", "a/b/c", ""])
+@pytest.mark.parametrize(
+    "path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "~nobody-here/x", "nowhere", "a/b/c", ""]
+)
 def test_a_path_that_does_not_exist_is_refused_without_asking_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -105,6 +105,11 @@ def test_a_run_goes_on_in_the_folder_that_it_is_resumed_from_unless_another_is_g
     assert choose_folder(TrainConfig()).parent == Path("runs")
 
 
+def test_a_tilde_that_stands_for_nobody_s_home_is_a_name_like_any_other():
+    for option in ("output_dir", "resume"):
+        assert choose_folder(TrainConfig(**{option: "~nobody-here/run"})) == Path("~nobody-here/run")
+
+
 def test_resume_auto_without_a_folder_says_that_it_starts_afresh(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(resume="auto")
