@@ -98,7 +98,8 @@ def hub_dataset(name: str) -> str | None:
 def check_data(train: Split, test: Split, class_names: list[str], source: str) -> ImageData:
     """Check what was decoded, number classes without names, bring images to white on black, and fingerprint it all.
 
-    Raises a `UserError` where a split is empty or has labels outside the classes.
+    Raises a `UserError` where a split is empty, has labels outside the classes, or a class has a name that no file can
+    record.
     """
     if not len(train.images) or not len(test.images):
         raise UserError(
@@ -111,6 +112,9 @@ def check_data(train: Split, test: Split, class_names: list[str], source: str) -
             f"{source} has labels up to {high}, but only {len(labels)} different ones: number its classes from 0"
         )
     class_names = class_names or [str(label) for label in range(int(high) + 1)]
+    for name in class_names:
+        if name != name.encode(errors="ignore").decode():
+            raise UserError(f"{source} has a class {name!r}, which is not in UTF-8: give it another name")
     if low < 0 or high >= len(class_names):
         raise UserError(
             f"{source} has labels from {low} to {high}, but {len(class_names)} classes (0 to {len(class_names) - 1}): "

@@ -274,6 +274,12 @@ def test_integer_labels_above_the_class_names_are_refused() -> None:
         data.check_data(split, split, ["a", "b", "c"], "here")
 
 
+def test_a_class_whose_name_no_file_can_record_is_refused() -> None:
+    split = data.Split(torch.zeros(2, 28, 28, dtype=torch.uint8), torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="not in UTF-8: give it another name"):
+        data.check_data(split, split, ["a", os.fsdecode(b"b\xff")], "here")
+
+
 @pytest.mark.parametrize(
     ("splits", "complaint"),
     [
