@@ -165,8 +165,11 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output (`| head`) has gone
         status = 141
     except OSError as error:
-        told = dict.fromkeys(NO_ROOM, f"cannot write the output: {error.strerror}; make room")
-        told[errno.ENAMETOOLONG] = f"{error.strerror}: {error.filename}; give a shorter one"
+        told = {
+            errno.EACCES: f"{error.strerror}: {error.filename}; give another, or ask its owner for access",
+            errno.ENAMETOOLONG: f"{error.strerror}: {error.filename}; give a shorter one",
+            **dict.fromkeys(NO_ROOM, f"cannot write the output: {error.strerror}; make room"),
+        }
         if error.errno not in told:
             raise
         status = _report(told[error.errno])

@@ -1,6 +1,7 @@
 """The ways to start a training, with the launchers that users start it with."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -419,6 +420,20 @@ def test_an_output_on_a_full_disk_is_one_line_and_status_2():
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     (line,) = result.stderr.replace("remarked\n", "").splitlines()
     assert result.returncode == 2 and line.startswith("error: cannot write the output: No space left on device")
+
+
+@pytest.mark.parametrize(
+    "number, line",
+    [
+        (errno.EACCES, "error: Permission denied: runs/theirs; give another"),
+        (errno.EDQUOT, "error: cannot write the output: Disk quota exceeded; make room"),
+    ],
+)
+def test_what_the_disk_refuses_is_one_line_and_status_2(number, line):
+    raises = f'raise OSError({number}, __import__("os").strerror({number}), "runs/theirs")'
+    command = [sys.executable, "-c", SPEAKS.replace('print("said")', raises)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2 and result.stderr.startswith(line) and result.stderr.count("\n") == 1, result.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is there on Linux only")
