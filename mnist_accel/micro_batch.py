@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from mnist_accel.cli import UserError
 
 
-def halvings_to_fit(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor) -> int:
+def halvings_to_fit(
+    accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor, kept: Tensor | None
+) -> int:
     """How often a micro-batch must be halved until every rank has room for it.
 
     Each try runs forward and backward without exchanging gradients, so that a rank that runs out of memory leaves no
@@ -21,8 +23,7 @@ def halvings_to_fit(accelerator: Accelerator, model: nn.Module, images: Tensor, 
     rank without telling the others.)
 
     Args:
-        images: float (n, 1, 28, 28), the micro-batch, on the device.
-        labels: int64 (n,).
+        images, labels, kept: the whole micro-batch of a step, as in `StepBatch`.
 
     Raises:
         UserError: the micro-batch does not fit and cannot be halved further.
@@ -30,7 +31,7 @@ def halvings_to_fit(accelerator: Accelerator, model: nn.Module, images: Tensor, 
     halvings = 0
     while True:
         size = len(labels) >> halvings
-        failed = not _fits(accelerator, model, images[:size], labels[:size])
+        failed = not _fits(accelerator, model, images[:size], labels[:size], None if kept is None else kept[:size])
         if not any(gather_object([failed])):
             return halvings
         if size % 2:
@@ -40,11 +41,11 @@ def halvings_to_fit(accelerator: Accelerator, model: nn.Module, images: Tensor, 
         halvings += 1
 
 
-def _fits(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor) -> bool:
+def _fits(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor, kept: Tensor | None) -> bool:
     model.train()
     try:
         with accelerator.no_sync(model):
-            F.cross_entropy(model(images), labels.clamp(min=0)).backward()  # negative: no digit, or no image
+            F.cross_entropy(model(images, kept), labels.clamp(min=0)).backward()  # negative: no digit, or no image
         return True
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says so in the message only
         if not should_reduce_batch_size(error):

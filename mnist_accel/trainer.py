@@ -83,7 +83,7 @@ class Trainer:
         self.evaluated_network = self.average.model if self.average else self.network  # and the one that is kept
         self.model, self.optimizer = self.accelerator.prepare(self.network, build_optimizer(self.network, config))
         if config.auto_batch_size:
-            halvings = halvings_to_fit(self.accelerator, self.model, *next(self.loader.epoch(0)).micro_batches[0][:2])
+            halvings = halvings_to_fit(self.accelerator, self.model, *next(self.loader.epoch(0)).micro_batches[0])
             self.accelerator.gradient_accumulation_steps <<= halvings
             self.loader.micro_batches <<= halvings
 

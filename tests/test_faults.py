@@ -140,13 +140,13 @@ def test_processes_of_different_precision_are_refused(small_dataset, tmp_path):
 
 
 def _no_memory_for(images: int) -> None:
-    """Let the memory hold no more than this many images at once."""
+    """Let the memory hold no more than this many images at once, and half as many where dropout keeps a mask of each."""
     from mnist_accel.models import MnistNet
 
     original = MnistNet.forward
 
     def forward(self, batch, kept=None):
-        if self.training and len(batch) > images:
+        if self.training and len(batch) * (1 if kept is None else 2) > images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return original(self, batch, kept)
 
@@ -163,6 +163,12 @@ def test_out_of_memory_on_one_rank_halves_the_micro_batch_on_all_with_the_same_r
     for key, tensor in weights(tmp_path / "roomy").items():
         assert (tensor - weights(tmp_path / "run")[key]).abs().max() < 1e-4, key
     assert rows(tmp_path / "run")[-1]["test_accuracy"] == rows(tmp_path / "roomy")[-1]["test_accuracy"]
+
+
+def test_the_micro_batch_that_is_tried_takes_the_memory_of_one_that_is_trained_on(small_dataset, tmp_path):
+    options = ["--auto-batch-size", "--dropout", "0.5", "--max-steps", "1"]
+    statuses, output = run(small_dataset, tmp_path, *options, fault=partial(_no_memory_for, 8))
+    assert statuses == [0] and "16 = 4 micro-batches x 4 images" in output, output
 
 
 def test_out_of_memory_with_a_single_image_is_an_error(small_dataset, tmp_path):
