@@ -73,7 +73,7 @@ def load_data(name: str) -> ImageData:
     folder = Path(os.path.expanduser(base)).resolve()
     if base and folder.is_dir():
         idx = _find_idx(folder)
-        files = idx or [path for path in sorted(folder.rglob("[!.]*")) if path.is_file()]
+        files = idx or _files_below(folder)
         if not files:
             raise UserError(f"no data files in {folder}: give a folder of IDX files, of parquet files, or a Hub id")
         facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -85,6 +85,12 @@ def load_data(name: str) -> ImageData:
     if hub_id is None:
         raise UserError(f"no folder {base!r}: give an existing folder, a Hub id such as ylecun/mnist, or digits")
     return _cached(name, [hub_id, config], lambda: load_folder(name, download_files(hub_id, kind="dataset"), config))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    below = list(folder.rglob("[!.]*"))  # which enters no links
+    below += [path for link in below if link.is_symlink() and link.is_dir() for path in link.rglob("[!.]*")]
+    return sorted(filter(Path.is_file, below))
 
 
 def hub_dataset(name: str) -> str | None:

@@ -1,5 +1,6 @@
 """Folders that the `datasets` library reads, from the Hub or a user's own, as uint8 tensors."""
 
+import glob
 import io
 import sys
 import tempfile
@@ -48,16 +49,18 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
     return check_data(train, held_out, class_names, name if test == "test" else f"{name} (tested on validation)")
 
 
-def _splits_of_classes(folder: Path) -> dict[str, str] | None:
+def _splits_of_classes(folder: Path) -> dict[str, list[str]] | None:
     """Which files of a user's folder are of which split, where they lie in folders `split/class/`.
 
-    `datasets` looks for a split's name in the whole path, and a class may be called train.
+    `datasets` looks for a split's name in the whole path, and a class may be called train. It takes a path for a
+    pattern, and enters a link to a folder only where the pattern begins with it.
     """
     names = [split for split in ("train", "test", "validation") if (folder / split).is_dir()]
     if "train" not in names or len(names) < 2 or (folder / "README.md").exists():
         return None
     in_folders = any(path.is_dir() for path in (folder / "train").iterdir())
-    return {split: f"{split}/**" for split in names} if in_folders else None
+    roots = {split: [folder / split, *filter(Path.is_symlink, sorted((folder / split).glob("*/")))] for split in names}
+    return {s: [f"{glob.escape(str(path))}/**" for path in roots[s]] for s in names} if in_folders else None
 
 
 def _columns(features: dict[str, Any], name: str) -> tuple[str, str, list[str]]:

@@ -207,6 +207,29 @@ def test_classes_may_have_the_names_of_splits(tmp_path: Path) -> None:
     assert (data.train.labels.bincount().tolist(), data.test.labels.bincount().tolist()) == ([6] * 3, [4] * 3)
 
 
+def write_classes(folder: Path, count: int) -> None:
+    for name in ("0", "1"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index, pixels in enumerate(pictures(count)):
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+
+
+def test_a_folder_may_have_a_name_like_a_pattern(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_classes(tmp_path / "mine [1]*?" / split, 2)
+    assert len(load_data(str(tmp_path / "mine [1]*?")).train.images) == 4
+
+
+def test_classes_may_be_links_to_folders_whose_changes_are_seen(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_classes(tmp_path / "set" / split, 2)
+    (tmp_path / "set" / "train" / "1").rename(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train" / "1").symlink_to(tmp_path / "elsewhere")
+    assert load_data(str(tmp_path / "set")).train.labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / "elsewhere" / "0.png").unlink()
+    assert load_data(str(tmp_path / "set")).train.labels.tolist() == [0, 0, 1]
+
+
 def test_dark_ink_on_light_paper_is_inverted_in_both_splits_and_said_so(tmp_path: Path) -> None:
     train, test = pictures(6), pictures(4, seed=1)
     dark = write_parquet(tmp_path / "dark", {"train": 255 - train, "test": 255 - test})
