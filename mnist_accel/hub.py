@@ -1,9 +1,7 @@
-"""The Hugging Face Hub in bounded time, whatever it does: asked first, then downloaded from or uploaded to."""
+"""The Hugging Face Hub, asked first whether it answers, then downloaded from or uploaded to."""
 
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -11,19 +9,14 @@ from typing import Any
 
 from mnist_accel.cli import UserError
 
-HUB_SECONDS = 6.0  # longest silence of the Hub in any one request
-HUB_ATTEMPTS = 2  # how often one request is made before the Hub counts as out of reach
-CACHED_SECONDS = 2.0  # how long files that are here already wait to hear of newer ones
-COMMIT_SECONDS = 60.0  # longest silence while the Hub takes in an upload
+HUB_SECONDS = 6.0  # how long the Hub may take to say that it is there
+CACHED_SECONDS = 2.0  # the same where its files are here already, and only newer ones are asked for
+UPLOAD_SECONDS = 180.0  # how long an upload may take: weights have a few megabytes
 WAYS_ON = {
     "model": "give a run's folder, a weights folder or another Hub id USER/NAME",
     "dataset": "use --dataset FOLDER or --dataset digits; to bring MNIST from another machine, run there "
     "`hf download ylecun/mnist --repo-type dataset --local-dir mnist`, copy the folder and use --dataset ./mnist",
 }
-
-
-class HubTimeout(Exception):
-    """The Hub did not answer; not an OSError, so that no library takes it for something to retry."""
 
 
 def reason(error: Exception) -> str:
@@ -32,42 +25,13 @@ def reason(error: Exception) -> str:
     return ": ".join([type(error).__name__, *lines[:2]])
 
 
-@contextmanager
-def _impatient_hub(seconds: float) -> Iterator[None]:
-    """Let no request of huggingface_hub be silent for so long, be repeated often or be talked about in its log."""
-    from huggingface_hub import constants, get_session, set_client_factory
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+def _within(seconds: float, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a call returns; a `TimeoutError` after so many seconds, while the call goes on in its thread.
 
-    requests = threading.local()
-    limits = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
-
-    def limit(request: Any) -> None:
-        request.extensions["timeout"] = limits
-        # A download that goes on where it broke off asks for another range: that is progress, not a repetition.
-        this = (request.method, request.url, request.headers.get("range"))
-        requests.count = requests.count + 1 if getattr(requests, "last", None) == this else 1
-        requests.last = this
-        if requests.count > HUB_ATTEMPTS:
-            raise HubTimeout(f"no answer to {HUB_ATTEMPTS} requests for {request.url}")
-
-    # The client's class is httpx's or httpx2's, by the version of huggingface_hub.
-    client, hooks = type(get_session()), get_session().event_hooks
-    xet_before, verbosity_before = constants.HF_HUB_DISABLE_XET, logging.get_verbosity()
-    hide_bars = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    try:
-        limited = {**hooks, "request": [*hooks["request"], limit]}
-        set_client_factory(lambda: client(event_hooks=limited, follow_redirects=True))
-        constants.HF_HUB_DISABLE_XET = True  # Xet's own client, which the hook does not reach, has no such limits
-        logging.set_verbosity_error()
-        if hide_bars:
-            disable_progress_bars()
-        yield
-    finally:
-        set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True, timeout=None))
-        constants.HF_HUB_DISABLE_XET = xet_before
-        logging.set_verbosity(verbosity_before)
-        if hide_bars:
-            enable_progress_bars()
+    The Hub's client has limits for single requests only, and tries several addresses, each several times.
+    """
+    with ThreadPool(1) as thread:
+        return thread.apply_async(call, args, kwargs).get(seconds)
 
 
 def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = "model") -> Path:
@@ -82,12 +46,9 @@ def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = 
     folder, what = "", "data set" if kind == "dataset" else kind
     with suppress(Exception):
         folder = fetch(local_files_only=True)
-    seconds = CACHED_SECONDS if folder else HUB_SECONDS
     try:
-        with _impatient_hub(seconds), ThreadPool(1) as thread:
-            # In a thread: a name server that is silent, and each of the Hub's many addresses, may take so long.
-            thread.apply_async(HfApi().repo_info, [hub_id], {"repo_type": kind}).get(seconds + 1)
-            folder = fetch()
+        _within(CACHED_SECONDS if folder else HUB_SECONDS, HfApi().repo_info, hub_id, repo_type=kind)
+        folder = fetch()
         if missing := [name for name in names or () if not Path(folder, name).is_file()]:
             raise UserError(f"{hub_id} on the Hub has no {' and '.join(missing)}: {WAYS_ON[kind]}")
     except RepositoryNotFoundError as error:
@@ -106,22 +67,15 @@ def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = 
     return Path(folder)
 
 
-def is_logged_in() -> bool:
-    """Whether there is a token to upload with; the Hub is not asked whether it is any good."""
-    from huggingface_hub import get_token
-
-    return get_token() is not None
-
-
 def upload_folder(folder: Path, hub_id: str) -> str:
     """Upload a folder as the model repository `hub_id`; returns its address, or raises a `UserError`."""
     from huggingface_hub import HfApi
 
     try:
-        with _impatient_hub(HUB_SECONDS):
-            address = HfApi().create_repo(hub_id, exist_ok=True)
-        with _impatient_hub(COMMIT_SECONDS):
-            HfApi().upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload weights")
+        address = _within(HUB_SECONDS, HfApi().create_repo, hub_id, exist_ok=True)
+        _within(
+            UPLOAD_SECONDS, HfApi().upload_folder, repo_id=hub_id, folder_path=folder, commit_message="Upload weights"
+        )
     except Exception as error:  # of the disk, of the client and of its transport
         raise UserError(
             f"{folder} could not be uploaded to {hub_id} ({reason(error)[:200]}); it is complete on disk: log in with "

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from huggingface_hub import get_token
 from tqdm import tqdm
 
 from mnist_accel.config import TrainConfig
 from mnist_accel.data import ImageData
 from mnist_accel.distributed import describe_device
-from mnist_accel.hub import is_logged_in
 from mnist_accel.loader import ResidentLoader
 from mnist_accel.models import DigitClassifier, count_parameters
 
@@ -44,7 +44,7 @@ class Reporter:
             f"Model: {config.model}, {count_parameters(network):,} parameters; recipe {config.recipe}; "
             f"global batch {config.batch_size} = {product}"
         )
-        if config.push_to_hub and not is_logged_in():
+        if config.push_to_hub and get_token() is None:
             self.say("warning: --push-to-hub needs a login: run `hf auth login` before training ends")
 
     def warn_of_other_precision(self, checkpoint: dict[str, Any] | None) -> None:

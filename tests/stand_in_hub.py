@@ -26,6 +26,7 @@ def use_hub(endpoint: str, cache: str) -> None:
     constants.ENDPOINT = endpoint
     constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_CACHE = cache
+    constants.HF_HUB_DISABLE_XET = True  # which is not stood in for
 
 
 class StandInHub:

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,8 @@ def test_a_second_start_imports_neither_datasets_nor_pillow_and_asks_the_hub_not
 
 
 def test_of_two_ranks_one_asks_the_hub_and_both_take_its_answer(hub: StandInHub, home: Path, tmp_path: Path) -> None:
-    assert _two_ranks("test/shared", hub, home, tmp_path) == ([0, 0], ["", ""])
+    statuses, (first, second) = _two_ranks("test/shared", hub, home, tmp_path)
+    assert (statuses, second) == ([0, 0], "") and "Fetching" in first
     assert len(downloads(hub)) == 2
 
     hub.fault = lambda path: "503"
@@ -159,23 +159,6 @@ def test_an_unreachable_hub_is_one_line_that_names_the_ways_on(hub: StandInHub, 
     assert "\n" not in error
     for way in ("--dataset FOLDER", "--dataset digits", "hf download ylecun/mnist --repo-type dataset"):
         assert way in error
-
-
-@pytest.mark.parametrize("fault", ["hang", "cut", "503"])
-def test_a_hub_that_fails_in_the_middle_of_the_download_is_an_error_within_seconds_and_leaves_no_cache(
-    hub: StandInHub, worker: Worker, home: Path, fault: str
-) -> None:
-    hub.fault = lambda path: fault if path.startswith("GET") and path.endswith(".parquet") else ""
-    began = time.monotonic()
-    error = worker.load(f"test/dies-{fault}")["error"]
-    assert time.monotonic() - began < 20
-    assert "cannot be fetched from the Hub" in error
-    # A body that breaks off is asked for again from there on, which is progress; the same request is made only twice.
-    assert fault == "cut" or max(Counter(downloads(hub)).values()) <= 2
-    assert "\n" not in error
-    assert not list((home / "mnist_accel").glob("*.tmp"))
-    hub.fault = lambda path: ""
-    assert worker.load(f"test/dies-{fault}")["images"] == 6
 
 
 def test_a_slow_hub_is_waited_for(hub: StandInHub, worker: Worker) -> None:
