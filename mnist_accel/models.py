@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_accel.cli import UserError
-from mnist_accel.hub import download_files
+from mnist_accel.hub import download_files, reason
 from mnist_accel.metrics import confidences, fit_no_digit_level, fit_temperature
 from mnist_accel.onednn import Convolution, to_onednn, to_plain
 
@@ -269,23 +269,17 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
         UserError: nothing is there, or what is there is damaged or of another network.
     """
     folder = find_weights(path_or_hub_id)
-    config = _read_config(folder)
-    model = build_model(config["model"], config["class_names"])
-    model.temperature, level = float(config.get("temperature", 1.0)), config.get("no_digit_level")
-    model.no_digit_level = -math.inf if level is None else float(level)
-    model.dataset, model.inverted = config.get("dataset"), bool(config.get("inverted"))
     try:
-        weights = load_file(folder / WEIGHTS_NAME)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS_NAME} cannot be read as safetensors: {error}") from error
-    found, expected = (
-        {k: (v.shape, v.is_floating_point()) for k, v in w.items()} for w in (weights, model.state_dict())
-    )
-    if found != expected:
-        raise UserError(f"{folder / WEIGHTS_NAME} does not hold the weights of {model.name}")
-    if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-        raise UserError(f"{folder / WEIGHTS_NAME} holds weights that are not finite numbers")
-    model.load_state_dict(weights)
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        model = build_model(config["model"], config["class_names"])
+        model.temperature, level = float(config.get("temperature", 1.0)), config.get("no_digit_level")
+        model.no_digit_level = -math.inf if level is None else float(level)
+        model.dataset, model.inverted = config.get("dataset"), bool(config.get("inverted"))
+        model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{CONFIG_NAME} and {WEIGHTS_NAME} in {folder} are no network of this project: {reason(error)}"
+        ) from error
     return model.eval()
 
 
@@ -308,16 +302,3 @@ def find_weights(path_or_hub_id: str | Path | None) -> Path:
             f"no model folder {path_or_hub_id}: give a run's folder, a weights folder or a Hub id USER/NAME"
         )
     return download_files(str(path_or_hub_id), (CONFIG_NAME, WEIGHTS_NAME))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
-        names = config["class_names"]
-        if not (isinstance(config["model"], str) and names and all(isinstance(name, str) for name in names)):
-            raise ValueError("'model' and 'class_names' must be text")
-        if not float(config.get("temperature", 1.0)) > 0 or math.isnan(float(config.get("no_digit_level") or 0)):
-            raise ValueError("'temperature' must be positive and 'no_digit_level' a number")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG_NAME} is not a model description of this project: {error}") from error
-    return config
