@@ -9,21 +9,18 @@ ENDINGS = {"torchscript": ".pt", "onnx": ".onnx", "torch-export": ".pt2"}
 
 def main() -> int:
     parser = CommandLine(description=__doc__)
-    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--format", required=True, choices=list(ENDINGS), help="onnx needs the `export` extra")
     parser.add_argument("--output", type=Path, help="the file to write (default: model.pt, model.onnx or model.pt2)")
     options = parser.parse_args()
-    if options.model and options.positional_model:
-        raise UserError("the model is given twice: give MODEL or --model")
 
     from mnist_accel.export import CHECKED_BATCH_SIZES, export_model
     from mnist_accel.models import load_model
     from mnist_accel.predict import default_model
 
-    name = options.model or options.positional_model or default_model()
+    name = options.model or default_model()
     output = options.output or Path("model" + ENDINGS[options.format])
-    if output.suffix != ENDINGS[options.format] and output.suffix in ENDINGS.values():
+    if output.suffix != ENDINGS[options.format]:
         raise UserError(f"{output} is to be {options.format}: its name should end in {ENDINGS[options.format]}")
     model = load_model(name)
     difference = export_model(model, options.format, output)
