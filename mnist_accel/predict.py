@@ -52,14 +52,14 @@ def predict_folder(
     """
     from mnist_accel.sheet import PICTURES, draw_sheet
 
-    def look() -> list[bytes]:
+    def check_and_list() -> list[bytes]:
         check_output(output)
         if sheet is not None:
             picture_format(sheet)
             check_writable(sheet)
         return find_images(folder, leaving_out=sheet)
 
-    def read(paths: list[bytes], rank: int = 0, world: int = 1) -> Iterator[Seen]:
+    def read_share(paths: list[bytes], rank: int = 0, world: int = 1) -> Iterator[Seen]:
         """This rank's share of the files: every world-th batch, from the rank's on."""
         pictures = PICTURES if sheet else 0
         return readers.read((path, i < pictures) for i, path in enumerate(paths) if i // BATCH_SIZE % world == rank)
@@ -67,10 +67,10 @@ def predict_folder(
     began = time.perf_counter()
     alone = launched_processes() == "1"
     workers = workers or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    paths = look() if alone else []
+    paths = check_and_list() if alone else []
     with Readers(folder, workers, as_is) as readers, ThreadPoolExecutor(workers) as pool:
         # Importing torch takes longer than reading 10,000 digits, and a process alone knows by now what to read.
-        files = read(paths)
+        files = read_share(paths)
         with importing():
             from accelerate.utils import broadcast_object_list
 
@@ -79,11 +79,11 @@ def predict_folder(
         accelerator = build_accelerator()
         with together():
             if accelerator.is_main_process and not alone:
-                paths = look()
+                paths = check_and_list()
         # All processes work through the list that the first one saw, whatever happens in the folder meanwhile.
         source, paths = broadcast_object_list([model or default_model(), paths])
         if not alone:
-            files = read(paths, accelerator.process_index, accelerator.num_processes)
+            files = read_share(paths, accelerator.process_index, accelerator.num_processes)
         with together():
             network = load_model(source)
             classes = network.class_names

@@ -50,9 +50,9 @@ class Trainer:
         device = self.accelerator.device
         choose_kernels(config.deterministic)
 
-        for decodes in (True, False):  # one process of each machine, then the others from its cache
+        for first_turn in (True, False):  # one process of each machine decodes, then the others read its cache
             with together():
-                if self.accelerator.is_local_main_process == decodes:
+                if self.accelerator.is_local_main_process == first_turn:
                     self.data = load_data(config.dataset)
         train_split, self.eval_split, self.eval_name = self.data.train, self.data.test, "test"
         if config.validation_size:
@@ -91,7 +91,7 @@ class Trainer:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         checkpoint = self._open_folder()
         self.state = TrainState(**checkpoint["state"]) if checkpoint else TrainState()
-        # Each rank sums the loss of its own images; a checkpoint holds the sum over ranks, so one rank takes it.
+        # Each rank sums the loss of its own images. A checkpoint holds the sum of all, so only one rank starts from it.
         precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.loss_sum = torch.tensor(self.state.loss_sum if self.is_main else 0.0, dtype=precision, device=device)
         self.best: dict[str, bytes] = checkpoint["best_files"] if checkpoint else {}  # what `best/` holds
@@ -132,7 +132,7 @@ class Trainer:
                             self.loss_sum += loss.detach()
                             if accelerator.sync_gradients:
                                 if (state.step + 1) % self.check_interval == 0:
-                                    # A sum once not finite stays so: it tells of every step since the last check.
+                                    # Once not finite, a sum stays so: one look covers all steps since the last.
                                     loss_sum, stop_signal = agree(accelerator, self.loss_sum, received_signal())
                                     self._refuse_non_finite(loss_sum, state.step + 1)
                                 if config.max_grad_norm:
