@@ -116,7 +116,7 @@ def _is_shading(strength: Grey, part: Mask) -> bool:
 
 def find_sheet(found: Mask) -> Sheet | None:
     """The sheet, note or plate that was found instead of the digit on it; None where it is no such thing."""
-    sheet = _written_sheet(found, found)
+    sheet = _written_sheet(found, found, torn=False)
     return _solid_card(found) if sheet is None else sheet
 
 
@@ -143,15 +143,15 @@ def _sheet_lighter_than(smooth: Grey, level: float) -> Sheet | None:
     whole = parts.mask(parts.largest())
     around = float(np.median(smooth[whole == 0]))
     is_lighter = float(np.median(smooth[(light & whole) > 0])) > 1.5 * around
-    return _written_sheet(light & whole, whole) if is_lighter else None
+    return _written_sheet(light & whole, whole, torn=True) if is_lighter else None
 
 
-def _written_sheet(found: Mask, whole: Mask) -> Sheet | None:
+def _written_sheet(found: Mask, whole: Mask, torn: bool) -> Sheet | None:
     """The sheet with strokes on it, lying on something of another brightness, that was found instead of a digit.
 
-    That is a disc or a rectangle, seen aslant perhaps, with holes much narrower than what is left of it beside
-    them: the counters of a bold zero or eight are not. None where nothing of the kind was found. `whole` is what was
-    found, with the gaps filled that shadows cut into its outline.
+    That is a disc or a rectangle, seen aslant perhaps, or where it may be `torn` any shape without deep bays, with
+    holes much narrower than what is left of it beside them: the counters of a bold zero or eight are not. None where
+    nothing of the kind was found. `whole` is what was found, with the gaps filled that shadows cut into its outline.
     """
     outlines = cv2.findContours(whole, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
     outline = max(outlines, key=cv2.contourArea)
@@ -161,18 +161,24 @@ def _written_sheet(found: Mask, whole: Mask) -> Sheet | None:
     area, radius = cv2.contourArea(outline), cv2.minEnclosingCircle(outline)[1]
     is_round = area > 0.9 * np.pi * radius**2
     of_rectangle, of_hull = area / (size[0] * size[1] + 1e-6), area / (cv2.contourArea(hull) + 1e-6)
-    four_sided = len(corners) == 4 and (of_rectangle >= 0.8 or of_hull > 0.95)
-    if min(size) < 0.1 * max(found.shape) or not (four_sided or is_round):
+    regular = is_round or (len(corners) == 4 and (of_rectangle >= 0.8 or of_hull > 0.95))
+    if min(size) < 0.1 * max(found.shape) or not (regular or (torn and of_hull > 0.85)):
         return None
     sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
     strokes = sheet & ~found
-    holes = Parts(strokes)
-    if holes.count < 2 or holes.size[1:].max() < 0.1 * min(size):
+    longest = Parts(strokes).size[1:].max(initial=0)
+    if longest < (0.1 if regular else 0.3) * min(size):
         return None
     blank, stroke = (float(distance_to_paper(part).max()) for part in (sheet & found, strokes))
-    # A round zero whose counter is narrower than its strokes would need a pen of a third of its width.
-    if blank <= 0.1 * min(size) or stroke >= (1.0 if is_round else 0.6) * blank:
+    # A round zero whose counter is narrower than its strokes would need a pen of a third of its width. The counters of
+    # a bold eight are short, and those of a six and a nine are round.
+    widest = (1.0 if is_round else 0.6) * blank if regular else min(0.25 * blank, 0.15 * longest)
+    if blank <= 0.1 * min(size) or stroke >= widest:
         return None
+    if not regular:  # of a scrap, what surrounds the strokes
+        left, top, width, height = cv2.boundingRect(strokes)
+        margin = 0.6 * max(width, height)
+        return cv2.boxPoints(((left + width / 2, top + height / 2), (width + margin, height + margin), 0.0))
     if is_round:  # of a badge, the square within it
         return cv2.boxPoints((middle, (0.77 * size[0], 0.77 * size[1]), 0.0))
     aslant = of_rectangle < 0.9 and of_hull > 0.95

@@ -44,8 +44,11 @@ def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
     height, width = shape[box_of(shape)].shape
     if not 0.75 < width / height < 1.33:
         return False
-    filled = without_holes(shape)
-    holes = Parts(filled & ~shape)
+    gap = round(0.15 * height) | 1  # between the ends of a ring that was drawn by hand
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (gap, gap))
+    closed: Mask = cv2.morphologyEx(shape, cv2.MORPH_CLOSE, disc)
+    filled = without_holes(closed)
+    holes = Parts(filled & ~closed)
     if holes.count < 2:
         return False
     hole = holes.mask(holes.largest())

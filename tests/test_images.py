@@ -199,6 +199,13 @@ def half_sunlit(pixels: np.ndarray) -> np.ndarray:
     return shaded(pixels, polygon(pixels, (0, 0), (0.45, 0), (0.5, 1), (0, 1)), 0.6)
 
 
+def torn_off(paper: np.ndarray) -> np.ndarray:
+    """A scrap of paper with seven corners on a dark desk."""
+    corners = (0.25, 0.08), (0.6, 0.04), (0.9, 0.2), (0.97, 0.6), (0.75, 0.93), (0.3, 0.95), (0.06, 0.55)
+    scrap = polygon(paper, *corners)[..., None]
+    return np.rint(paper * scrap + 48 * (1 - scrap)).astype(np.uint8)
+
+
 def pinned_up(note: np.ndarray) -> np.ndarray:
     """A note on a wall, a magnet on it, and its shadow below and to the right of it."""
     height, width = note.shape[:2]
@@ -310,6 +317,8 @@ VARIANTS = {
     "a grey pencil's digit in a black box on paper darker at its rim": lambda d: noise(vignette(
         paint(frame(draw(d, size=0.4, pen=0.05) * 0.25, 0.2, 0.015), (0, 0, 0))), 2),
     "in a circle": lambda d: paint(cv2.circle(draw(d, size=0.4, pen=0.05), (100, 100), 64, 1.0, 6)),
+    "in a circle whose ends do not meet": lambda d: paint(
+        cv2.ellipse(draw(d, size=0.4, pen=0.05), (100, 100), (64, 60), 0, 80, 428, 1.0, 5)),
     "in a box on a page": lambda d: paint(
         cv2.rectangle(draw(d, 400, 400, 0.25, 0.03), (125, 125), (275, 275), 1.0, 5)),
     "underlined": lambda d: paint(cv2.line(draw(d, pen=0.07), (30, 184), (175, 180), 1.0, 9)),
@@ -336,6 +345,7 @@ VARIANTS = {
         on_a_desk(paint(draw(d, pen=0.06)), 5, 0.6, wood=(50, 40, 30))), 2),
     "a sheet half in a shadow on a desk": lambda d: half_shaded(on_a_desk(paint(draw(d, pen=0.06)), 4, 0.7)),
     "a small note on a desk": lambda d: on_a_desk(paint(draw(d), paper=(250, 235, 120)), -4, 0.2),
+    "a scrap of paper on a dark desk": lambda d: noise(lamp(torn_off(paint(draw(d, 400, 360, 0.4, 0.04)))), 3),
     "a note under a magnet": lambda d: noise(pinned_up(
         paint(draw(d, size=0.5, pen=0.05, at=(0.52, 0.5)), (60, 70, 120), (225, 225, 215))), 3),
     "a dark sheet on a light table": lambda d: 255 - on_a_desk(paint(draw(d)), 3, 0.6),
