@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 
 from mnist_accel.lines import foreign_parts
-from mnist_accel.paper import denoised, find_ink, inked, is_dark_ink, otsu, otsu_level
+from mnist_accel.paper import denoised, find_ink, inked, is_dark_ink, is_two_toned, otsu, otsu_level
 from mnist_accel.parts import (
     Grey,
     Mask,
@@ -37,12 +37,13 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
         (H, W) float32 in 0..1, with a margin on all sides where a thin stroke was made wider; ink is what is over 0.5.
     """
     smooth = denoised(grey)
-    if not is_dark_ink(smooth, tight):
+    even = tight or is_two_toned(grey)
+    if not is_dark_ink(smooth, even):
         smooth = 1 - smooth
-    mask, strength, noise = find_ink(smooth, tight)
+    mask, strength, noise = find_ink(smooth, even)
     if not tight and (not mask.any() or _too_broad(mask)):
         # Where a sheet of paper fills most of the image, its desk can pass for the paper and the sheet for noise.
-        other = find_ink(1 - smooth, tight)
+        other = find_ink(1 - smooth, even)
         if not mask.any() or _is_patch_of_light(mask, other[0], smooth):
             smooth, (mask, strength, noise) = 1 - smooth, other
     if not tight:

@@ -116,6 +116,12 @@ def is_dark_ink(smooth: Grey, tight: bool) -> bool:
     return roughness + edge < 0.5 if framed else edge + corners + 0.25 * roughness < 1
 
 
+def is_two_toned(grey: Grey) -> bool:
+    """Whether there is nothing but two tones, as in a drawing or in a scan of one bit: no light falls on that."""
+    low, high = float(grey.min()), float(grey.max())
+    return bool(((grey < low + 0.03) | (grey > high - 0.03)).mean() > 0.85)
+
+
 def otsu(smooth: Grey) -> float:
     """Otsu's threshold ("A threshold selection method from gray-level histograms", 1979), on a scale of 0..255."""
     return cv2.threshold((np.clip(smooth, 0, 1) * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)[0]

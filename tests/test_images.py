@@ -441,6 +441,19 @@ def test_the_blur_beside_strokes_that_the_edge_cuts_is_no_shadow(digit, pen, at,
     assert likeness(to_mnist(photo), reference(digit)) > 0.9
 
 
+@pytest.mark.parametrize("digit", [0, 1, 2, 4, 5, 7])
+def test_a_close_crop_of_one_bit_is_read_alike_at_any_size(digit):
+    """Its bars along the edges are broad in it: as broad as what could be light."""
+    ink = draw(digit, 400, 400, pen=0.2)
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    crop = cv2.resize(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], (32, 32), interpolation=cv2.INTER_AREA)
+    scan = np.where(crop > 0.5, 0, 255).astype(np.uint8)
+    for times in (3, 8):
+        enlarged = cv2.resize(scan, None, fx=times, fy=times, interpolation=cv2.INTER_NEAREST)
+        for pixels in (enlarged, 255 - enlarged):
+            assert likeness(to_mnist(pixels), to_mnist(scan)) > 0.9, times
+
+
 @pytest.mark.parametrize("side", [1, 2, 16, 28, 41, 100, 700])
 def test_paper_without_ink_gives_zeros(side):
     random = np.random.default_rng(0)
