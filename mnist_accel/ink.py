@@ -229,7 +229,8 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
     score[0] = -1
     kept = score == score.max()
     main_at_edge = at_edge[kept].any()
-    spot = solid & (parts.size.min(1) > 2 * stroke_width(parts.mask(score.argmax())))
+    pen = stroke_width(parts.mask(score.argmax()))
+    spot = solid & (parts.size.min(1) > 2 * pen)
     while True:
         # More than specks, and close to what is kept.
         start, end = parts.start[kept].min(0), parts.end[kept].max(0)
@@ -241,7 +242,10 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
         # What reaches the image's edge while the main part does not is a neighbour's.
         overlaps = (gap <= 0) & ((parts.middle > start) & (parts.middle < end)).all(1)
         underline = flat & (parts.start[:, 1] > end[1] + 0.05 * (end - start).max())
-        own = close & (main_at_edge | ~at_edge | overlaps) & ~underline
+        # Words and buttons above and below: low, and wider than the dots that a pen leaves.
+        beyond = np.maximum(start - parts.end, parts.start - end)[:, 1] > 0.1 * (end - start).max()
+        label = beyond & (parts.size[:, 1] < 0.25 * (end - start)[1]) & (parts.size[:, 0] > 1.5 * pen)
+        own = close & (main_at_edge | ~at_edge | overlaps) & ~underline & ~label
         # A second digit, whole and about as large: there is no telling which is meant, and both are to be seen.
         tall = parts.size[:, 1] / (end - start)[1]
         second = ~at_edge & (tall > 0.6) & (tall < 1.6)

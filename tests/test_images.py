@@ -268,6 +268,16 @@ def on_a_screen(note: np.ndarray) -> np.ndarray:
     return screen
 
 
+def between_words(ink: np.ndarray) -> np.ndarray:
+    """What is printed above and below the place for the digit."""
+    side = len(ink)
+    print_ink = np.zeros((side, side), np.uint8)
+    for words, y in (("Write one digit", 0.1), ("into the middle", 0.17), ("and send it back", 0.88)):
+        at = round(0.05 * side), round(y * side)
+        cv2.putText(print_ink, words, at, cv2.FONT_HERSHEY_SIMPLEX, side / 640, 220, side // 300, cv2.LINE_AA)
+    return np.maximum(ink, print_ink / 255)
+
+
 def in_a_gallery(photo: np.ndarray) -> np.ndarray:
     """A phone's screen: the clock above the photo, its name and buttons below."""
     screen = np.zeros((800, 370, 3), np.uint8)
@@ -329,6 +339,7 @@ VARIANTS = {
     "a scan with dark edges": lambda d: scanned(paint(draw(d, 700, 500, 0.14, 0.012, at=(0.45, 0.55)))),
     "a small note darker than the screen behind": lambda d: on_a_screen(
         paint(draw(d, 320, 320, 0.65, 0.12), (60, 60, 60), (255, 237, 128))),
+    "between printed words": lambda d: noise(lamp(paint(between_words(draw(d, 600, 600, 0.45, 0.05)))), 3),
     "a photo in a phone's gallery": lambda d: in_a_gallery(noise(lamp(paint(draw(d, 500, 370, 0.5, 0.06))), 4)),
     "a badge": lambda d: on_a_badge(draw(d, size=0.45)),
     "a strip of tape": lambda d: lamp(on_a_page(paint(draw(d, 150, 420), (20, 20, 20), (160, 175, 230)), 150)),
