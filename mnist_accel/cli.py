@@ -27,9 +27,6 @@ LAUNCHER_OPTIONS |= {"--main-process-ip", "--main-process-port", "--mixed-precis
 LAUNCHER_OPTIONS |= {"--num-cpu-threads-per-process", "--num-processes"}
 OTHER_NAMES = {"--lr": "--learning-rate", "--bs": "--batch-size", "--num-epochs": "--epochs", "--data": "--dataset"}
 
-# What a write meets on a full disk, beyond a user's quota and beyond the batch system's limit for a file.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 
 class UserError(ValueError):
     """A mistake of the user's: its message is one line that says what is wrong and what to do."""
@@ -165,10 +162,11 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output (`| head`) has gone
         status = 141
     except OSError as error:
+        no_room = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # a full disk, a user's quota, a batch system's file limit
         told = {
             errno.EACCES: f"{error.strerror}: {error.filename}; give another, or ask its owner for access",
             errno.ENAMETOOLONG: f"{error.strerror}: {error.filename}; give a shorter one",
-            **dict.fromkeys(NO_ROOM, f"cannot write the output: {error.strerror}; make room"),
+            **dict.fromkeys(no_room, f"cannot write the output: {error.strerror}; make room"),
         }
         if error.errno not in told:
             raise

@@ -232,8 +232,7 @@ def _without_margin(values: np.ndarray) -> np.ndarray:
     bands = zip(cv2.split(values), margin, strict=True)  # by channel: numpy is slow along an axis of three
     difference = np.maximum.reduce([np.abs(band - level) for band, level in bands])
     off = (difference > 0.03).astype(np.uint8)
-    # Uneven light has no level of its own around it.
-    if not off.any() or np.median(difference[off == 0]) > 0.01:
+    if not off.any():
         return values
     # The largest part: a page has text beside its picture, and a phone's screen has the clock.
     parts = Parts(off)
@@ -241,6 +240,9 @@ def _without_margin(values: np.ndarray) -> np.ndarray:
     inner = off[rows, columns]
     # A drawing on a blank page differs from it only where its strokes are, a photo of paper almost everywhere.
     if min(inner.shape) < max(40, 0.4 * max(inner.shape)) or inner.size == off.size or inner.mean() < 0.9:
+        return values
+    # Uneven light has no level of its own around what it falls on.
+    if np.median(difference[off == 0]) > 0.01:
         return values
     depth = round(0.02 * min(inner.shape)) + 1  # the rim of a compressed picture is blurred
     picture = values[rows, columns][depth:-depth, depth:-depth]

@@ -37,7 +37,7 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
         (H, W) float32 in 0..1, with a margin on all sides where a thin stroke was made wider; ink is what is over 0.5.
     """
     smooth = denoised(grey)
-    even = tight or is_two_toned(grey)
+    even = tight or is_two_toned(grey)  # ink is told from paper by one threshold for all of the image
     if not is_dark_ink(smooth, even):
         smooth = 1 - smooth
     mask, strength, noise = find_ink(smooth, even)
@@ -234,20 +234,20 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
     while True:
         # More than specks, and close to what is kept.
         start, end = parts.start[kept].min(0), parts.end[kept].max(0)
-        gap = np.maximum(start - parts.end, parts.start - end).max(1)
+        longest, gaps = (end - start).max(), np.maximum(start - parts.end, parts.start - end)
+        gap = gaps.max(1)
         # What lies around it is the shadow of its sheet, or half a frame.
         inset = 0.2 * (end - start)
         around = ((parts.start < start + inset) & (parts.end > end - inset)).all(1)
-        close = (area > 0.03 * area[kept].sum()) & (gap <= 0.25 * (end - start).max())
+        close = (area > 0.03 * area[kept].sum()) & (gap <= 0.25 * longest)
         # What reaches the image's edge while the main part does not is a neighbour's.
         overlaps = (gap <= 0) & ((parts.middle > start) & (parts.middle < end)).all(1)
-        underline = flat & (parts.start[:, 1] > end[1] + 0.05 * (end - start).max())
+        underline = flat & (parts.start[:, 1] > end[1] + 0.05 * longest)
         # Words and buttons above and below: low, and wider than the dots that a pen leaves.
-        beyond = np.maximum(start - parts.end, parts.start - end)[:, 1] > 0.1 * (end - start).max()
-        label = beyond & (parts.size[:, 1] < 0.25 * (end - start)[1]) & (parts.size[:, 0] > 1.5 * pen)
+        tall = parts.size[:, 1] / (end - start)[1]
+        label = (gaps[:, 1] > 0.1 * longest) & (tall < 0.25) & (parts.size[:, 0] > 1.5 * pen)
         own = close & (main_at_edge | ~at_edge | overlaps) & ~underline & ~label
         # A second digit, whole and about as large: there is no telling which is meant, and both are to be seen.
-        tall = parts.size[:, 1] / (end - start)[1]
         second = ~at_edge & (tall > 0.6) & (tall < 1.6)
         second &= (mass > 0.3 * mass[kept].max()) & (area > 0.3 * area[kept].max())
         more = (own | second) & ~kept & ~spot & ~around
