@@ -30,6 +30,7 @@ from mnist_accel.cli import UserError, is_first_rank
 
 SIZE = 28
 CACHE_VERSION = 2  # part of every key: raise it when the same source would decode to other tensors
+OWN_IMAGES = "of your own images each lies in train/CLASS/ or test/CLASS/, of two classes or more"
 SPLITS, KINDS = ("train", "test"), ("images", "labels")
 EMBEDDED = Path(__file__).parent / "assets" / "digits.npz"
 
@@ -121,6 +122,8 @@ def check_data(train: Split, test: Split, class_names: list[str], source: str) -
     for name in class_names:
         if name != name.encode(errors="ignore").decode():
             raise UserError(f"{source} has a class {name!r}, which is not in UTF-8: give it another name")
+    if low == -1:
+        raise UserError(f"{source} has images without a label: give each its label, or remove it; {OWN_IMAGES}")
     if low < 0 or high >= len(class_names):
         raise UserError(
             f"{source} has labels from {low} to {high}, but {len(class_names)} classes (0 to {len(class_names) - 1}): "

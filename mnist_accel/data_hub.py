@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mnist_accel.cli import UserError
-from mnist_accel.data import SIZE, ImageData, Split, check_data, scale_image
+from mnist_accel.data import OWN_IMAGES, SIZE, ImageData, Split, check_data, scale_image
 from mnist_accel.hub import reason
 
 
@@ -33,8 +33,7 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
             test = "test" if "test" in splits else "validation"
             if "train" not in splits or test not in splits:
                 raise UserError(
-                    f"{name} has the splits {', '.join(splits)}, but 'train' and 'test' are needed: of your own "
-                    "images, make folders train/CLASS/ and test/CLASS/"
+                    f"{name} has the splits {', '.join(splits)}, but 'train' and 'test' are needed: {OWN_IMAGES}"
                 )
             image, label, class_names = _columns(splits["train"].features or {}, name)
             raw = splits.cast_column(image, datasets.Image(decode=False))
@@ -76,7 +75,7 @@ def _columns(features: dict[str, Any], name: str) -> tuple[str, str, list[str]]:
         found = ", ".join(f"{column}: {getattr(f, 'dtype', type(f).__name__)}" for column, f in features.items())
         raise UserError(
             f"{name} has {len(image)} columns of images and {len(label)} of class labels ({found or 'unknown'}): "
-            "give one of each; parquet files say that a column is one where `datasets` wrote them"
+            f"give one of each; parquet files say that a column is one where `datasets` wrote them; {OWN_IMAGES}"
         )
     return image[0], label[0], list(getattr(features[label[0]], "names", None) or [])
 

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -214,6 +215,20 @@ def write_classes(folder: Path, count: int) -> None:
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
 
 
+def test_own_images_that_lie_elsewhere_than_in_folders_of_classes_are_told_where_to_lie(tmp_path: Path) -> None:
+    for name in ("stray", "single", "flat"):
+        for split in ("train", "test"):
+            write_classes(tmp_path / name / split, 2)
+            if name != "stray":
+                shutil.rmtree(tmp_path / name / split / "1")
+            if name != "single":
+                (tmp_path / name / split / "0" / "0.png").rename(tmp_path / name / split / "0.png")
+            if name == "flat":
+                shutil.rmtree(tmp_path / name / split / "0")
+        with pytest.raises(UserError, match="of your own images each lies in train/CLASS/ or test/CLASS/, of two"):
+            load_data(str(tmp_path / name))
+
+
 def test_a_folder_may_have_a_name_like_a_pattern(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_classes(tmp_path / "mine [1]*?" / split, 2)
@@ -274,8 +289,8 @@ def sixteen_bits(image: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"labels": lambda i: -1}, r"labels from -1 to -1, but 3 classes"),
-        ({"labels": lambda i: None}, r"labels from -1"),
+        ({"labels": lambda i: -1}, r"has images without a label"),
+        ({"labels": lambda i: None}, r"has images without a label"),
         ({"encode": broken_png}, r"image 0 of .*train split \(x.png\) is damaged"),
         ({"encode": lambda image: None}, r"image 0 of .*train split is empty"),
         ({"encode": lambda image: image.resize((28, 20))}, r"is 28x20: crop or pad it to a square"),
@@ -306,7 +321,7 @@ def test_a_class_whose_name_no_file_can_record_is_refused() -> None:
 @pytest.mark.parametrize(
     ("splits", "complaint"),
     [
-        ({"train": 3}, "has the splits train, but 'train' and 'test' are needed: of your own images, make folders"),
+        ({"train": 3}, "has the splits train, but 'train' and 'test' are needed: of your own images"),
         ({"test": 3}, "has the splits test, but"),
         ({"train": 3, "test": 0}, "has no test images"),
     ],
