@@ -175,3 +175,45 @@ def test_continental_strokes_come_as_often_as_asked_for():
     batch = (image.expand(500, -1, -1, -1), torch.full((500,), 7))
     share = changed(distorted(batch, only(continental=0.3)), image).float().mean()
     assert 0.23 < share < 0.37
+
+
+def test_the_elastic_field_moves_pixels_by_about_as_many_as_asked_for():
+    ramp = (torch.arange(28.0) / 28).expand(200, 1, 28, 28)  # each pixel says in which column it was
+    for pixels in (0.5, 2.0):
+        moved = (distorted((ramp, torch.zeros(200).long()), only(elastic=pixels)) - ramp)[..., 9:19, 9:19] * 28
+        assert 0.4 * pixels < moved.std() < 1.1 * pixels
+
+
+def test_what_is_erased_is_one_square_of_four_pixels():
+    white = (torch.ones(200, 1, 28, 28), torch.zeros(200).long())
+    black = distorted(white, only(erased=0.5))[:, 0] < 0.5
+    erased = black[black.any(dim=(1, 2))]
+    assert 70 < len(erased) < 130
+    assert (erased.any(dim=1).sum(dim=1) == 4).all() and (erased.any(dim=2).sum(dim=1) == 4).all()
+    assert (erased.sum(dim=(1, 2)) == 16).all()
+
+
+def test_what_is_cut_off_is_one_side_up_to_four_pixels_into_the_digits_box():
+    white = (torch.ones(400, 1, 28, 28), torch.zeros(400).long())
+    black = (distorted(white, only(cut=1.0)) < 0.5)[:, 0]
+    depths = [black[:, :14, 14].sum(1), black[:, 14:, 14].sum(1), black[:, 14, :14].sum(1), black[:, 14, 14:].sum(1)]
+    assert all({5, 6, 7, 8} == set(depth[depth > 0].tolist()) for depth in depths)
+    assert (torch.stack(depths).count_nonzero(dim=0) == 1).all()
+
+
+@pytest.mark.parametrize("digit", [1, 7, 9])
+def test_continental_strokes_lie_where_people_write_them(digit):
+    stem = torch.zeros(100, 1, 28, 28)
+    stem[:, :, 4:24, 13:15] = 1.0
+    added = (distorted((stem, torch.full((100,), digit)), only(continental=1.0)) - stem)[:, 0]
+    left, right, upper = added[:, :, :13].sum((1, 2)), added[:, :, 15:].sum((1, 2)), added[:, :14].sum((1, 2))
+    row, column = centre_of_mass(added[:, None]).T
+    if digit == 7:  # a bar through the middle of the stem
+        assert (row - 13.5).abs().max() < 3 and (column - 13.5).abs().max() < 0.5
+    elif digit == 9:  # a hook to the left of the stem's end
+        assert row.min() > 17 and (left > 5 * right).all()
+    else:  # an upstroke from the left to the stem's beginning, and below some a foot
+        footed = added[:, 21:, 15:].sum((1, 2)) > 1
+        assert 20 < footed.sum() < 60
+        assert (left > 1.5 * right).all() and upper[~footed].sum() > 0.6 * added[~footed].sum()
+        assert (added[~footed][:, :, 16:].amax((1, 2)) < 0.5).all() and (added[:, 4:8, 12].amax(1) > 0.3).all()
