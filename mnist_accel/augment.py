@@ -48,10 +48,8 @@ AUGMENTATIONS = {
     ),
 }  # fmt: skip
 
-Draws = dict[str, Tensor]
 
-
-def draw(augmentation: Augmentation, batch_size: int, seed: int, step: int) -> Draws:
+def draw(augmentation: Augmentation, batch_size: int, seed: int, step: int) -> dict[str, Tensor]:
     """The random numbers for every image of a global batch: tensors (batch_size, ...) on the CPU."""
     source = generator(seed, "augment", step)
     draws = {"uniform": torch.rand(batch_size, 26, generator=source)}
@@ -62,7 +60,7 @@ def draw(augmentation: Augmentation, batch_size: int, seed: int, step: int) -> D
     return draws
 
 
-def distort(images: Tensor, labels: Tensor, augmentation: Augmentation, draws: Draws) -> Tensor:
+def distort(images: Tensor, labels: Tensor, augmentation: Augmentation, draws: dict[str, Tensor]) -> Tensor:
     """Distorted copies of float images (N, 1, 28, 28) in 0..1, from draws (N, ...) for these images.
 
     Rotation, translation, scale, shear and the elastic field are one bilinear resampling, black from outside.

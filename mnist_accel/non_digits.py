@@ -17,6 +17,7 @@ from mnist_accel.parts import box_of, fitted
 from mnist_accel.seeding import derive_seed
 
 CANVAS = 96
+FAINT = 40  # of 255: what is no brighter takes no room
 # Capitals, small letters and signs that no hand writes as a digit: neither O, I, l, S, Z, B, b, q nor the like.
 SIGNS = "AEFHKMNPRTVWXfkmnwx#%@*=+"
 FONTS = (0, 1, 2, 3, 4, 6, 7)  # of OpenCV's Hershey fonts, those drawn for reading
@@ -33,14 +34,9 @@ def with_non_digits(split: Split, count: int, seed: int) -> Split:
     return Split(torch.cat([split.images, torch.from_numpy(pictures)]), torch.cat([split.labels, labels]))
 
 
-def _inked(ink: np.ndarray) -> tuple[slice, slice]:
-    """The rows and columns of the box of what is inked, empty in a blank image; fainter pixels do not count."""
-    return box_of(ink > 40)
-
-
 def _in_box(ink: np.ndarray) -> np.ndarray:
     """Ink of any size as MNIST's makers place a digit, here by its box; nothing in it is dropped."""
-    result, inked = np.zeros((SIZE, SIZE), np.uint8), ink[_inked(ink)]
+    result, inked = np.zeros((SIZE, SIZE), np.uint8), ink[box_of(ink > FAINT)]
     if inked.size:
         small = fitted(inked, BOX)
         top, left = (SIZE - small.shape[0]) // 2, (SIZE - small.shape[1]) // 2
@@ -52,7 +48,7 @@ def several_digits(digits: Digits, random: np.random.Generator) -> np.ndarray:
     """Two to four digits in a row, as close as handwriting or apart."""
     row, end = np.zeros((SIZE + 12, 6 * SIZE), np.uint8), SIZE
     for image in digits[random.integers(len(digits), size=random.integers(2, 5))]:
-        digit = image[:, _inked(image)[1]]
+        digit = image[:, box_of(image > FAINT)[1]]
         if not digit.size:
             continue  # a data set may hold blank images
         start, top = end + int(random.integers(-2, 8)), int(random.integers(0, 12))
