@@ -37,7 +37,7 @@ class StepBatch:
 
     Attributes:
         micro_batches: float images (n, 1, 28, 28) in 0..1; int64 labels (n,), which index `label_targets`: a class,
-            `NO_DIGIT`, or `IGNORED_LABEL` where padded; and what dropout keeps, float (n, features), None for all.
+            `NO_DIGIT`, or `IGNORED_LABEL` where padded; the dropout mask, float (n, features), if there is dropout.
         size: real images in the whole global batch, over all processes.
     """
 
@@ -103,7 +103,7 @@ class ResidentLoader:
             indices = torch.cat([indices, indices[:1].expand(padding)])
         # As all that is random, drawn for the global batch: on any number of processes an image gets the same.
         draws = draw(self.augmentation, self.batch_size, self.seed, step) if self.augmentation else {}
-        kept = self._kept(step) if self.dropout else None
+        mask = self._dropout_mask(step) if self.dropout else None
         micro_batches, micro_size = [], self.share // self.micro_batches
         for start in range(self.first, self.first + self.share, micro_size):
             part = slice(start, start + micro_size)
@@ -114,12 +114,12 @@ class ResidentLoader:
             if self.augmentation:
                 own = {name: tensor[part] for name, tensor in draws.items()}
                 images = distort(images, labels, self.augmentation, own)
-            own_kept = None if kept is None else kept[part].to(images.device, non_blocking=True)
-            micro_batches.append((images, labels, own_kept))
+            own_mask = None if mask is None else mask[part].to(images.device, non_blocking=True)
+            micro_batches.append((images, labels, own_mask))
         return StepBatch(micro_batches, size)
 
-    def _kept(self, step: int) -> Tensor:
-        """For each image of the global batch and each feature 0, or 1 over the part that is kept; on the CPU."""
+    def _dropout_mask(self, step: int) -> Tensor:
+        """For `Dropout`, float (batch_size, features) on the CPU: the mask of the whole global batch."""
         uniform = torch.rand(self.batch_size, self.features, generator=generator(self.seed, "dropout", step))
         return uniform.ge_(self.dropout).div_(1 - self.dropout)
 

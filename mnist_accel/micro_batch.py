@@ -13,7 +13,7 @@ from mnist_accel.cli import UserError
 
 
 def halvings_to_fit(
-    accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor, kept: Tensor | None
+    accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor, mask: Tensor | None
 ) -> int:
     """How often a micro-batch must be halved until every rank has room for it.
 
@@ -23,7 +23,7 @@ def halvings_to_fit(
     rank without telling the others.)
 
     Args:
-        images, labels, kept: the whole micro-batch of a step, as in `StepBatch`.
+        images, labels, mask: the whole micro-batch of a step, as in `StepBatch`.
 
     Raises:
         UserError: the micro-batch does not fit and cannot be halved further.
@@ -31,7 +31,7 @@ def halvings_to_fit(
     halvings = 0
     while True:
         size = len(labels) >> halvings
-        failed = not _fits(accelerator, model, images[:size], labels[:size], None if kept is None else kept[:size])
+        failed = not _fits(accelerator, model, images[:size], labels[:size], None if mask is None else mask[:size])
         if not any(gather_object([failed])):
             return halvings
         if size % 2:
@@ -41,11 +41,11 @@ def halvings_to_fit(
         halvings += 1
 
 
-def _fits(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor, kept: Tensor | None) -> bool:
+def _fits(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Tensor, mask: Tensor | None) -> bool:
     model.train()
     try:
         with accelerator.no_sync(model):
-            F.cross_entropy(model(images, kept), labels.clamp(min=0)).backward()  # negative: no digit, or no image
+            F.cross_entropy(model(images, mask), labels.clamp(min=0)).backward()  # negative: no digit, or no image
         return True
     except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU says so in the message only
         if not should_reduce_batch_size(error):

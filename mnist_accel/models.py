@@ -1,7 +1,7 @@
 """The networks, and how weights are written and read back.
 
 Every network takes float images (N, 1, 28, 28) in 0..1, white ink on black, and returns logits (N, classes):
-normalisation is inside it, so that an exported file needs none. The training loop also gives it what `Dropout` keeps.
+normalisation is inside it, so that an exported file needs none. The training loop also gives it `Dropout`'s mask.
 """
 
 import json
@@ -60,17 +60,17 @@ class DigitClassifier(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout that can be told what to keep of each image's `features` numbers, and by how much to scale it.
+    """Dropout that can be given its mask, float (N, features): 0, or for what is kept 1 / (1 - dropout).
 
-    Training draws that for the global batch: masks that each process draws for itself depend on their number.
+    Training draws it for the global batch: masks that each process draws for itself depend on their number.
     """
 
     def __init__(self, dropout: float, features: int) -> None:
         super().__init__(dropout)
         self.features = features
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        return super().forward(x) if kept is None else x * kept
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x) if mask is None else x * mask
 
 
 class MnistNet(DigitClassifier):
@@ -89,13 +89,13 @@ class MnistNet(DigitClassifier):
         self.dropout = Dropout(dropout, 128)
         self.linear2 = nn.Linear(128, num_classes)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, dropout_mask: Tensor | None = None) -> Tensor:
         x = self.normalise(images)
         x = to_onednn(x) if self.training else x
         x = F.relu(F.max_pool2d(self.conv1(x), 2, stride=2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2, stride=2))
         x = F.relu(self.linear1(to_plain(x).flatten(1)))
-        return self.linear2(self.dropout(x, kept))
+        return self.linear2(self.dropout(x, dropout_mask))
 
 
 class ResidualNet(DigitClassifier):
@@ -120,13 +120,13 @@ class ResidualNet(DigitClassifier):
         for convolution in (self.residual2, self.residual3):
             nn.init.zeros_(convolution.weight)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, dropout_mask: Tensor | None = None) -> Tensor:
         x = F.relu(F.max_pool2d(self.conv1(self.normalise(images)), 2))
         x = F.relu(self.conv2(x))
         x = F.relu(F.max_pool2d(x + self.residual2(x), 2))
         x = F.relu(self.conv3(x))
         x = F.avg_pool2d(F.relu(x + self.residual3(x)), 7)
-        return self.linear(self.dropout(x.flatten(1), kept))
+        return self.linear(self.dropout(x.flatten(1), dropout_mask))
 
 
 class StandardizedConvolution(nn.Conv2d):
@@ -174,11 +174,11 @@ class DeepNet(DigitClassifier):
         self.linear = nn.Linear(128, num_classes)
         nn.init.normal_(self.linear.weight, std=0.01)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, dropout_mask: Tensor | None = None) -> Tensor:
         x = self.normalise(images)
         for convolution in self.convolutions:
             x = F.relu(convolution(x)) * StandardizedConvolution.RELU_GAIN
-        return self.linear(self.dropout(x.flatten(1), kept))
+        return self.linear(self.dropout(x.flatten(1), dropout_mask))
 
 
 class FastNet(DigitClassifier):
@@ -196,11 +196,11 @@ class FastNet(DigitClassifier):
         self.dropout = Dropout(dropout, 32 * 7 * 7)
         self.linear = nn.Linear(32 * 7 * 7, num_classes)
 
-    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, dropout_mask: Tensor | None = None) -> Tensor:
         x = F.relu(self.conv1(self.normalise(images)))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
         x = F.relu(self.conv3(x))
-        return self.linear(self.dropout(x.flatten(1), kept))
+        return self.linear(self.dropout(x.flatten(1), dropout_mask))
 
 
 # Name to a network of (classes, dropout). The names are repeated in config.py, which does without torch.

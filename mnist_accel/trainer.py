@@ -125,9 +125,9 @@ class Trainer:
                 for batch in loader.epoch(epoch, first_step):
                     rate = learning_rate(state.step, self.total_steps, config)
                     set_learning_rate(self.optimizer, rate)
-                    for images, labels, kept in batch.micro_batches:
+                    for images, labels, dropout_mask in batch.micro_batches:
                         with accelerator.accumulate(self.model):
-                            loss = criterion(self.model(images, kept), targets[labels])
+                            loss = criterion(self.model(images, dropout_mask), targets[labels])
                             accelerator.backward(loss * (gradient_scale / batch.size))
                             self.loss_sum += loss.detach()
                             if accelerator.sync_gradients:

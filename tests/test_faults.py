@@ -145,10 +145,10 @@ def _no_memory_for(images: int) -> None:
 
     original = MnistNet.forward
 
-    def forward(self, batch, kept=None):
-        if self.training and len(batch) * (1 if kept is None else 2) > images:
+    def forward(self, batch, mask=None):
+        if self.training and len(batch) * (1 if mask is None else 2) > images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return original(self, batch, kept)
+        return original(self, batch, mask)
 
     MnistNet.forward = forward
 
