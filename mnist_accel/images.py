@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mnist_accel.image_files import Seen, readable
 from mnist_accel.ink import find_digit, find_light_sheet, find_sheet, upright
 from mnist_accel.paper import even_light
-from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
+from mnist_accel.parts import CORNERS, Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
 
 SIDE, BOX = 28, 20
 with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed
@@ -225,7 +225,7 @@ def _over_paper(pixels: np.ndarray) -> np.ndarray:
 
 def _without_margin(values: np.ndarray) -> np.ndarray:
     """The picture alone where (H, W, C) is one on a page of a single colour, as in a document or with a white rim."""
-    corners = values[[0, 0, -1, -1], [0, -1, 0, -1]]
+    corners = values[CORNERS]
     margin = np.median(corners, axis=0)
     if np.abs(corners - margin).max() > 0.03:
         return values

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from mnist_accel.parts import Grey, Mask, Parts, box_of, grown, longest_side, stroke_width, without_holes
+from mnist_accel.parts import CORNERS, Grey, Mask, Parts, box_of, grown, longest_side, stroke_width, without_holes
 
 
 def foreign_parts(mask: Mask, strength: Grey) -> Mask:
@@ -22,7 +22,7 @@ def foreign_parts(mask: Mask, strength: Grey) -> Mask:
         foreign[part] |= (large and _is_frame(shape[box_of(shape)])) or _is_drawn_around(shape, parts)
     # What lies around a corner of the image is the desk beside a sheet, where a digit stands free.
     around = np.zeros(parts.count, bool)
-    around[parts.labels[[0, 0, -1, -1], [0, -1, 0, -1]]] = True
+    around[parts.labels[CORNERS]] = True
     others = np.where(around | foreign, 0, parts.area)
     others[0] = around[0] = 0
     largest = int(others.argmax())

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from mnist_accel.parts import Grey, Mask, Parts, fitted, grown, is_narrow
+from mnist_accel.parts import CORNERS, Grey, Mask, Parts, fitted, grown, is_narrow
 
 # As a share of the image's longest side: broader than most pens' strokes, and narrower than most shadows on paper.
 BROAD = 0.13
@@ -105,12 +105,12 @@ def is_dark_ink(smooth: Grey, tight: bool) -> bool:
     light = small if tight else np.log2(1 + small)
     roughness = _roughness(light, tight) - _roughness(1 - light, tight)
     dark = small * 255 <= otsu(small)
-    edge = _share_of_edges(dark)
+    edge = float(np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).mean())
     if not tight:
         # A thick stroke and the rim of paper around it can be as smooth.
         return roughness + 0.1 * (edge - 0.5) < 0
     # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
-    corners = dark[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
+    corners = dark[CORNERS].mean()
     # Paper that covers less than half of the image, and yet all of its edge, may be a frame.
     framed = (edge > 0.95 and dark.mean() < 0.5) or (edge < 0.05 and dark.mean() > 0.5)
     return roughness + edge < 0.5 if framed else edge + corners + 0.25 * roughness < 1
@@ -131,11 +131,6 @@ def otsu_level(strength: Grey) -> float:
     """Otsu's threshold of strengths, of which one at least is over 0, on their own scale."""
     highest = float(strength.max())
     return otsu(strength / highest) / 255 * highest
-
-
-def _share_of_edges(mask: np.ndarray) -> float:
-    """The share of the image's outermost pixels that a mask covers."""
-    return float(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean())
 
 
 def _reach(smooth: Grey, tight: bool, share: float) -> int:

@@ -7,6 +7,8 @@ import numpy as np
 Grey = np.ndarray
 Mask = np.ndarray
 
+CORNERS = [0, 0, -1, -1], [0, -1, 0, -1]  # rows and columns of an image's four corner pixels: `image[CORNERS]`
+
 
 def fitted(image: np.ndarray, side: int, at_least: int = 1, how: int = cv2.INTER_AREA) -> np.ndarray:
     """The image scaled so that its longest side is `side` pixels, its aspect ratio kept."""
