@@ -26,6 +26,7 @@ IMAGE_ENDINGS = (
     *(b".png", b".jpg", b".jpeg", b".jpe", b".jfif", b".bmp", b".dib", b".gif", b".tif", b".tiff", b".webp"),
     *(b".ppm", b".pgm", b".pbm", b".pnm", b".avif", b".jp2", b".pcx", b".ico", b".heic", b".heif"),
 )
+THUMBNAIL = 56  # longest side, in pixels, of the picture of a file that a contact sheet shows
 # Files to a request: enough to make a pipe's cost small, few enough for a folder of photos to occupy all readers.
 TOGETHER = 32
 # Files that are read before they are asked for, as many as small files take while torch is imported (13 MB of digits).

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mnist_accel.image_files import Seen, readable
+from mnist_accel.image_files import THUMBNAIL, Seen, readable
 from mnist_accel.ink import find_digit, find_light_sheet, find_sheet, upright
 from mnist_accel.paper import even_light
 from mnist_accel.parts import CORNERS, Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
@@ -125,10 +125,11 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return reduced(np.asarray(image), READ_SIDE)
 
 
-def thumbnail(pixels: np.ndarray, side: int = 56) -> np.ndarray:
-    """The image at `side` pixels on its longest side, (h, w, 3) uint8 RGB, transparency laid over paper."""
+def thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """The image for a contact sheet, (h, w, 3) uint8 RGB, transparency laid over paper."""
     values = _over_paper(pixels)
-    small = fitted(values, side, how=cv2.INTER_AREA if max(values.shape[:2]) > side else cv2.INTER_NEAREST)
+    shrinks = max(values.shape[:2]) > THUMBNAIL
+    small = fitted(values, THUMBNAIL, how=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST)
     return _as_bytes(cv2.cvtColor(small, cv2.COLOR_GRAY2RGB) if small.ndim == 2 else small)
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mnist_accel.image_files import Seen
+from mnist_accel.image_files import THUMBNAIL, Seen
 from mnist_accel.output import write_picture
 
 # The sheet shows this many images, from the first: more would not be looked at.
 PICTURES = 200
 COLUMNS = 10
-IMAGE, GAP, LINE, NAME = 56, 4, 18, 13
+IMAGE, GAP, LINE, NAME = THUMBNAIL, 4, 18, 13
 PAPER, SURROUND, EDGE = "#ffffff", "#ececec", "#b8b8b8"
 TEXT, FAINT, RIGHT, WRONG = "#222222", "#5f6368", "#2a7f3f", "#c0202a"
 
