@@ -50,7 +50,9 @@ class Trainer:
         device = self.accelerator.device
         choose_kernels(config.deterministic)
 
-        for first_turn in (True, False):  # one process of each machine decodes, then the others read its cache
+        # One process of each machine decodes, then the others read its cache. (Accelerate's `local_main_process_first`
+        # does so too, but where the first process fails the others would wait for it.)
+        for first_turn in (True, False):
             with together():
                 if self.accelerator.is_local_main_process == first_turn:
                     self.data = load_data(config.dataset)
@@ -108,9 +110,9 @@ class Trainer:
         self.reporter.say(f"Run: {self.folder.path}, {self.last_step:,} steps{resumed}")
         criterion = nn.CrossEntropyLoss(reduction="sum")
         targets = label_targets(len(self.data.class_names), config.label_smoothing).to(accelerator.device)
-        # The gradient is that of the mean over the global batch, also for a short last one: the sum over a micro-batch
-        # is divided by the images in the global batch, and what `backward` (by micro-batches) and DDP (by processes)
-        # divide by is multiplied back in.
+        # What is wanted is the gradient of the mean loss over the global batch. `backward` divides by the micro-batches
+        # and DDP by the processes, as if every share were full. So the loss is a sum, what these two divide by is
+        # multiplied back in, and the loop divides by the images that there are: right for a short last batch too.
         gradient_scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
         accumulates = accelerator.gradient_accumulation_steps > 1
         if accumulates:
