@@ -27,7 +27,7 @@ from mnist_accel.image_files import usable_cores
 
 
 def build_accelerator(gradient_accumulation_steps: int = 1, report_to: str = "none") -> Accelerator:
-    """The Accelerator for this process, after checking that the launcher and Accelerate see the same processes.
+    """The Accelerator for this process.
 
     Raises:
         UserError: the launch would train something else than what was asked for.
@@ -59,6 +59,12 @@ def build_accelerator(gradient_accumulation_steps: int = 1, report_to: str = "no
         raise UserError(f"Accelerate cannot start so: {error}") from error
     if report_to != "none" and not accelerator.log_with:
         raise UserError(f"--report-to {report_to}: its package is not installed; install it, or use --report-to none")
+    _check_launch(accelerator)
+    return accelerator
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """Refuse, or warn of, a launch in which Accelerate would train something else than the launcher was asked for."""
     asked_for = launched_processes()
     if asked_for != str(accelerator.num_processes):
         raise UserError(
@@ -80,7 +86,6 @@ def build_accelerator(gradient_accumulation_steps: int = 1, report_to: str = "no
         )
     if accelerator.gradient_accumulation_steps < 1:
         raise UserError("the launcher asks for less than one gradient accumulation step: launch with 1 or more")
-    return accelerator
 
 
 def use_all_cores() -> None:
