@@ -42,12 +42,13 @@ def denoised(grey: Grey) -> Grey:
 
 def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     """Where there is dark ink, how much darker than the paper each pixel is (see `_ink_strength`), and its noise."""
-    strength, noise = _ink_strength(smooth, tight)
-    mask = inked(strength, noise)
     if tight:
-        return mask, strength, noise
+        strength, noise = _ink_strength_of_crop(smooth)
+        return inked(strength, noise), strength, noise
+    strength, noise = _ink_strength(smooth, _paper(smooth))
+    mask = inked(strength, noise)
     # Ink is darker than the shadows around it, and a broad pen's strokes are as dark where they are narrow.
-    narrow, narrow_noise = _ink_strength(smooth, tight, _closed(smooth, tight, BROAD))
+    narrow, narrow_noise = _ink_strength(smooth, _closed(smooth, BROAD))
     strokes = inked(narrow, narrow_noise)
     if not strokes.any():
         return mask, strength, noise
@@ -60,11 +61,9 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     if rest.sum() < 0.2 * strokes.sum() or not _holds_a_digit(strokes, rest):
         return mask, strength, noise
     shadow = rest & _from_outside(smooth, rest)
-    if shadow.sum() <= 0.5 * rest.sum():
-        return mask, strength, noise
-    if np.median(strength[strokes > 0]) < 1.4 * np.median(strength[shadow > 0]):
-        return mask, strength, noise
-    return strokes, narrow * grown(strokes, 5), narrow_noise
+    if shadow.sum() > 0.5 * rest.sum() and np.median(strength[strokes > 0]) >= 1.4 * np.median(strength[shadow > 0]):
+        return strokes, narrow * grown(strokes, 5), narrow_noise
+    return mask, strength, noise
 
 
 def _holds_a_digit(strokes: Mask, rest: Mask) -> bool:
@@ -81,7 +80,7 @@ def _from_outside(smooth: Grey, mask: Mask) -> Mask:
 
     They reach its edge, or a broad dark that does.
     """
-    closed = _closed(smooth, False, 0.35)
+    closed = _closed(smooth, 0.35)
     broad = Parts((closed < 0.8 * np.median(closed)).astype(np.uint8))
     outside = broad.at_edge()[broad.labels].astype(np.uint8)
     outside[[0, -1]], outside[:, [0, -1]] = 1, 1
@@ -133,22 +132,22 @@ def otsu_level(strength: Grey) -> float:
     return otsu(strength / highest) / 255 * highest
 
 
-def _reach(smooth: Grey, tight: bool, share: float) -> int:
+def _reach(smooth: Grey, share: float, tight: bool) -> int:
     """A share of the image's side in pixels, an odd number."""
     # In a narrow photo the longer side says little of the strokes.
     side = smooth.size**0.5 if is_narrow(smooth) and not tight else max(smooth.shape)
     return int(share * side) | 1
 
 
-def _closed(smooth: Grey, tight: bool, share: float) -> Grey:
+def _closed(smooth: Grey, share: float, tight: bool = False) -> Grey:
     """The image with all that is dark and narrower than this share of it filled in; edges of what is broader stay."""
-    reach = _reach(smooth, tight, share)
+    reach = _reach(smooth, share, tight)
     return cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
 
 
-def _paper(smooth: Grey, tight: bool) -> Grey:
+def _paper(smooth: Grey, tight: bool = False) -> Grey:
     """The image with all that is dark and narrower than a third of it, as any pen's stroke is, filled in."""
-    closed, side = _closed(smooth, tight, 0.35), _reach(smooth, tight, 0.35) // 4 | 1
+    closed, side = _closed(smooth, 0.35, tight), _reach(smooth, 0.35, tight) // 4 | 1
     even = cv2.blur(closed, (side, side))
     # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
     dark = Parts((closed < 0.9 * even).astype(np.uint8))
@@ -167,25 +166,30 @@ def _roughness(smooth: Grey, tight: bool) -> float:
     return min(float(np.hypot(*np.gradient(paper)).mean()) * max(smooth.shape) / typical / 3, 2.0)
 
 
-def _ink_strength(smooth: Grey, tight: bool, paper: Grey | None = None) -> tuple[Grey, float]:
+def _ink_strength(smooth: Grey, paper: Grey) -> tuple[Grey, float]:
     """How much darker each pixel is than the paper, as a share of the paper's brightness, and the noise of that."""
-    if tight:
-        # Archives' scans have even light, and so close a crop has too little paper to follow a shadow on.
-        is_paper = smooth * 255 > otsu(smooth)
-        paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else smooth.max())
-    elif paper is None:
-        paper = _paper(smooth, tight)
-    # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
-    # keeps the noise of the deepest shadows down.
-    strength = (paper - smooth) / (paper + 0.1)
-    tenth, low, middle = np.percentile(strength, (10, 30, 50))
-    # Of normal noise, neighbours of these percentiles lie 0.76 and 0.52 standard deviations apart. Light mortar between
-    # dark bricks widens one of the gaps.
-    noise = float(min((low - tenth) / 0.76, (middle - low) / 0.52))
-    if not tight:
-        return np.maximum(strength - low, 0), noise
+    strength, blank, noise = _darkness(smooth, paper)
+    return np.maximum(strength - blank, 0), noise
+
+
+def _ink_strength_of_crop(smooth: Grey) -> tuple[Grey, float]:
+    """The same for a close crop, whose light is even and which has too little paper to follow a shadow on."""
+    is_paper = smooth * 255 > otsu(smooth)
+    paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else smooth.max())
+    strength, _, noise = _darkness(smooth, paper)
     # Ink can cover most of a close crop, so its percentiles say nothing of noise. But two tones then account for most
     # of the variance; of normal noise they account for 0.64, of a ramp or uniform noise for 0.75.
     share = is_paper.mean()
     between = share * (1 - share) * (smooth[is_paper].mean() - smooth[~is_paper].mean()) ** 2 if 0 < share < 1 else 0.0
     return np.maximum(strength, 0), 0.0 if between > 0.75 * float(smooth.var()) else noise
+
+
+def _darkness(smooth: Grey, paper: Grey) -> tuple[Grey, float, float]:
+    """How much darker each pixel is than the paper, how much blank paper is, and the noise of that."""
+    # Ink takes a share of the light that falls on it, so in a shadow both are less by the same factor. The constant
+    # keeps the noise of the deepest shadows down.
+    strength = (paper - smooth) / (paper + 0.1)
+    tenth, blank, middle = np.percentile(strength, (10, 30, 50))
+    # Of normal noise, neighbours of these percentiles lie 0.76 and 0.52 standard deviations apart. Light mortar between
+    # dark bricks widens one of the gaps.
+    return strength, blank, float(min((blank - tenth) / 0.76, (middle - blank) / 0.52))
