@@ -8,6 +8,7 @@ image, the digit or its stroke width, and all thresholds to the image's own cont
 same result from a 16-pixel scan and from a 12-megapixel photo. Imports no torch.
 """
 
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -322,7 +323,7 @@ def _find_on_sheet(values: np.ndarray, strength: Grey) -> Grey | None:
 
 def _find_at_working_size(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | None:
     height, width = grey.shape
-    factor = -(-SMALL_SIDE // max(height, width))
+    factor = math.ceil(SMALL_SIDE / max(height, width))
     if factor > 1:
         grey = cv2.resize(grey, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
     return find_digit(reduced(grey, LARGE_SIDE), tight, tiny)

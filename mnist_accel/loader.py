@@ -1,9 +1,11 @@
 """Batches of images that live on the device.
 
 All of MNIST is 47 MB as uint8. It is moved to the device once, and a batch is one indexing operation there: no worker
-processes, no copies, no Python per image.
+processes, no copies, no Python per image. (A DataLoader that Accelerate prepares has all three; its batch size is that
+of each process; and it resumes within an epoch by reading again, and dropping, what was trained on before.)
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,7 +89,7 @@ class ResidentLoader:
         self.share, self.micro_batches = batch_size // num_processes, micro_batches
         self.first = rank * self.share
         self.num_images = len(self.labels)
-        self.steps_per_epoch = -(-self.num_images // batch_size)
+        self.steps_per_epoch = math.ceil(self.num_images / batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepBatch]:
         """The batches of an epoch (0-based), beginning `first_step` optimizer steps into it."""

@@ -1,5 +1,6 @@
 """A folder of images -> a stream of rows, one per file in the order of paths -> a file."""
 
+import math
 import os
 import sys
 import time
@@ -95,7 +96,7 @@ def predict_folder(
                     "them, or leave --labels out"
                 )
         mine = predict(network.to(accelerator.device), files, pool, accelerator.device, as_is and network.inverted)
-        batches = gathered(mine, -(-len(paths) // BATCH_SIZE), accelerator.num_processes)
+        batches = gathered(mine, rounds=math.ceil(len(paths) / (BATCH_SIZE * accelerator.num_processes)))
         if not accelerator.is_main_process:
             return sum(row.error is not None for batch in batches for row in batch)
 
@@ -188,11 +189,11 @@ def predict(
     return in_order(pool, classify, grouped(files, BATCH_SIZE), ahead=4)
 
 
-def gathered(batches: Iterator[list[Seen]], count: int, world: int) -> Iterator[list[Seen]]:
-    """The lists of all processes in their global order, on every process, `count` in all."""
+def gathered(batches: Iterator[list[Seen]], rounds: int) -> Iterator[list[Seen]]:
+    """All processes' lists in their global order, on every process; a round takes one of each that has one left."""
     from accelerate.utils import gather_object
 
-    for _ in range(-(-count // world)):
+    for _ in range(rounds):
         yield from filter(None, gather_object([next(batches, [])]))
 
 

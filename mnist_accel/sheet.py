@@ -1,5 +1,6 @@
 """A contact sheet: each image, what the network saw of it, its answer and the file's name."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[s
     """
     width, height = 2 * IMAGE + 3 * GAP, IMAGE + LINE + NAME + 3 * GAP
     columns = max(1, min(COLUMNS, len(items)))
-    rows = max(1, -(-len(items) // columns))
+    rows = max(1, math.ceil(len(items) / columns))
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), PAPER)
     names = [_drawable(name) for name in class_names]
     draw, font, small = ImageDraw.Draw(sheet), _font(13), _font(9)

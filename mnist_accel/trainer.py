@@ -218,7 +218,8 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Evaluate, write the epoch's row, keep the best weights, and save where the epoch is complete."""
         state, done = self.state, self._images_done()
-        epoch, unfinished = -(-state.step // self.loader.steps_per_epoch), state.step % self.loader.steps_per_epoch > 0
+        epochs = state.step / self.loader.steps_per_epoch  # done so far; --max-steps can end within one
+        epoch, unfinished = math.ceil(epochs), not epochs.is_integer()
         train_loss = self._total_loss() / done
         seconds = self._clock()
         self._refuse_non_finite(train_loss, state.step)
