@@ -131,22 +131,24 @@ class RunFolder:
             resumed = Path(os.path.expanduser(config.resume))
             candidates = complete_checkpoints(resumed / "checkpoints") or [resumed]
         checkpoint = _newest_readable(candidates)
-        then, what = checkpoint or {}, "the checkpoint"
+        earlier, what = checkpoint or {}, "the checkpoint"
         elsewhere = checkpoint is not None and not candidates[0].resolve().is_relative_to(self.path.resolve())
         if (checkpoint is None or elsewhere) and any((self.path / name).exists() for name in OWN_NAMES):
             begun = self._started_with()
-            same = config.resume == "auto" or (elsewhere and begun.get("options", {}).get("resume") == config.resume)
+            # `--resume PATH` given again goes on with what it began, as `--resume auto` does.
+            given_again = elsewhere and begun.get("options", {}).get("resume") == config.resume
+            may_continue = config.resume == "auto" or given_again
             unknown = not begun and (self.path / "best").exists()  # somebody's weights, without the rest of the run
-            if not same or unknown or (self.path / "final").exists():
+            if not may_continue or unknown or (self.path / "final").exists():
                 raise UserError(
                     f"{self.path} already holds a run: choose another --output-dir, or continue with --resume auto"
                 )
             if checkpoint is None:  # it died before its first: it may start again, but not as another run
-                then, what = begun, f"the run in {self.path}"
-        differences = differing_options(then.get("options", {}), config)
-        data_then = then.get("fingerprint", fingerprint)
-        if data_then != fingerprint:
-            differences.append(f"--dataset was other data (fingerprint {data_then[:12]}, is {fingerprint[:12]})")
+                earlier, what = begun, f"the run in {self.path}"
+        differences = differing_options(earlier.get("options", {}), config)
+        data = earlier.get("fingerprint", fingerprint)
+        if data != fingerprint:
+            differences.append(f"--dataset was other data (fingerprint {data[:12]}, is {fingerprint[:12]})")
         if differences:
             raise UserError(
                 f"{what} is of another run: {'; '.join(differences)}: give the same options, or another --output-dir"

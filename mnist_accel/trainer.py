@@ -259,7 +259,8 @@ class Trainer:
             self.evaluated_network.calibrate(logits, self.eval_split.labels)  # on held-out images only
         return self.evaluation
 
-    def _rate(self, step: int) -> float:  # of a step, from 1 on
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 1; before the first one its own."""
         return learning_rate(max(0, step - 1), self.total_steps, self.config)
 
     # The run's folder
