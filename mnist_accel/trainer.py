@@ -24,7 +24,7 @@ from mnist_accel.loader import ResidentLoader, hold_out, label_targets
 from mnist_accel.micro_batch import allocate_gradients, halvings_to_fit
 from mnist_accel.model_card import describe
 from mnist_accel.models import CONFIG_NAME, build_model, load_model
-from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
+from mnist_accel.optim import build_optimizer, learning_rate
 from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
 from mnist_accel.seeding import derive_seed
@@ -88,6 +88,8 @@ class Trainer:
             halvings = halvings_to_fit(self.accelerator, self.model, *next(self.loader.epoch(0)).micro_batches[0])
             self.accelerator.gradient_accumulation_steps <<= halvings
             self.loader.micro_batches <<= halvings
+        if self.loader.micro_batches > 1:
+            allocate_gradients(self.network)
 
         self.total_steps = config.epochs * self.loader.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
@@ -115,8 +117,6 @@ class Trainer:
         # multiplied back in, and the loop divides by the images that there are: right for a short last batch too.
         gradient_scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
         accumulates = accelerator.gradient_accumulation_steps > 1
-        if accumulates:
-            allocate_gradients(self.network)
         stop_signal = 0
         self._started = time.perf_counter()
         with stop_signals() as received_signal:
@@ -126,7 +126,8 @@ class Trainer:
                 self.model.train()
                 for batch in loader.epoch(epoch, first_step):
                     rate = learning_rate(state.step, self.total_steps, config)
-                    set_learning_rate(self.optimizer, rate)
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = rate
                     for images, labels, dropout_mask in batch.micro_batches:
                         with accelerator.accumulate(self.model):
                             loss = criterion(self.model(images, dropout_mask), targets[labels])

@@ -9,7 +9,7 @@ import torch
 
 from mnist_accel.config import OPTIMIZER_NAMES, SCHEDULER_NAMES, TrainConfig
 from mnist_accel.models import build_model
-from mnist_accel.optim import build_optimizer, learning_rate, set_learning_rate
+from mnist_accel.optim import build_optimizer, learning_rate
 
 TOTAL = 1000
 
@@ -124,9 +124,3 @@ def test_weights_move_bit_for_bit_as_by_the_optimizer_of_torch(name):
 def test_sgd_has_nesterov_momentum():
     optimizer = build_optimizer(build_model("mnist_net"), TrainConfig(optimizer="sgd"))
     assert all(group["momentum"] == 0.9 and group["nesterov"] for group in optimizer.param_groups)
-
-
-def test_setting_the_rate_reaches_every_group():
-    optimizer = build_optimizer(build_model("mnist_net"), TrainConfig(weight_decay=0.1))
-    set_learning_rate(optimizer, 0.125)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
