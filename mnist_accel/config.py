@@ -52,7 +52,7 @@ def _text_or_off(text: str, form: str = ".*", what: str = "") -> str | None:
 _REPOSITORY = partial(_text_or_off, form=r"[\w.-]+/[\w.-]+", what="of the form USER/NAME")
 _RATE, _FRACTION = number(float, 0, words={"off": 0.0}), number(float, 0, 1, words={"off": 0.0})
 _OFF = {"off": None, "none": None}
-_COUNT_OR_OFF = number(int, 1, words=_OFF)
+_COUNT_OR_OFF, _NUMBER_OR_OFF = number(int, 1, words=_OFF), number(float, 0, words=_OFF)
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ class TrainConfig:
     dropout: float = option(0.5, "before the last layer", type=_FRACTION)
     label_smoothing: float = option(0.0, "probability mass spread over all classes", type=_FRACTION)
     ema_decay: float | None = option(None, "decay of an average of the weights", type=number(float, 0, 1, words=_OFF))
-    max_grad_norm: float | None = option(
-        None, "clip the gradient's norm to this, if over 0", type=number(float, 0, words=_OFF)
-    )
+    max_grad_norm: float | None = option(None, "clip the gradient's norm to this, if over 0", type=_NUMBER_OR_OFF)
     gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", type=POSITIVE)
     augment: bool = option(False, "distort whole batches at random, as --augmentation says", action=SWITCH)
     augmentation: str = option("affine", "which distortions --augment draws", choices=AUGMENTATION_NAMES)
@@ -98,9 +96,7 @@ class TrainConfig:
         "tensorboard", "'none', or any tracker that Accelerate knows", type=lambda text: _text_or_off(text) or "none"
     )
     push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", type=_REPOSITORY)
-    auto_batch_size: bool = option(
-        False, "when memory runs out, halve the micro-batch and double accumulation", action=SWITCH
-    )
+    auto_batch_size: bool = option(False, "out of memory: halve the micro-batch, double accumulation", action=SWITCH)
 
     def __post_init__(self) -> None:
         for name, value in self.options().items():

@@ -42,12 +42,12 @@ def choose_folder(config: TrainConfig) -> Path:
 
 def _claimed(path: Path) -> Path:
     """A new folder of this name; where another run that started in the same second has it, with a number behind it."""
-    for number in count(1):
-        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+    folder, numbers = path, count(2)
+    while True:
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-    raise AssertionError("there is always a next number")
+        folder = path.with_name(f"{path.name}-{next(numbers)}")
 
 
 def _given_folder(config: TrainConfig) -> Path | None:
