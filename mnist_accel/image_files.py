@@ -1,5 +1,6 @@
 """Which files below a folder are images, and processes that read them."""
 
+import math
 import os
 import pickle
 import stat
@@ -7,11 +8,11 @@ import subprocess
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -104,7 +105,7 @@ class Seen(NamedTuple):
 
 
 class Readers:
-    """Processes that read images of a folder; as a context, it ends them.
+    """Processes that read images of a folder, started as they are needed; as a context, it ends them.
 
     They are programs of their own, without torch: Python's lock would let threads wait for its import, and a file that
     crashes a decoder takes nothing with it but its own row.
@@ -113,11 +114,10 @@ class Readers:
     def __init__(self, folder: Path, processes: int, as_is: bool = False) -> None:
         self._common = os.fsencode(folder), as_is
         self._ended = False
+        self._processes = processes
         self._pool = ThreadPoolExecutor(processes)  # a thread for each process, to wait for it
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._all: list[subprocess.Popen[bytes]] = []
-        for _ in range(processes):
-            self._start()
 
     def __enter__(self) -> "Readers":
         return self
@@ -131,21 +131,25 @@ class Readers:
         for process in self._all:
             process.communicate()
 
-    def read(self, files: Iterable[tuple[bytes, bool]]) -> Iterator[Seen]:
+    def read(self, files: Sequence[tuple[bytes, bool]]) -> Iterator[Seen]:
         """What each file gave, in order, for paths below the folder and whether a thumbnail is wanted.
 
         The reading begins at once and goes up to AHEAD files ahead of what is asked for.
         """
-        answers = in_order(self._pool, self._answer, grouped(files, TOGETHER), AHEAD // TOGETHER)
-        return chain.from_iterable(answers)
+        together = max(1, min(TOGETHER, math.ceil(len(files) / self._processes)))  # few large photos: for each a reader
+        return chain.from_iterable(in_order(self._pool, self._answer, grouped(files, together), AHEAD // together))
 
-    def _start(self) -> None:
+    def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-P", "-c", PROGRAM]
-        self._all.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        self._idle.put(self._all[-1])
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._all.append(process)
+        return process
 
     def _answer(self, files: list[tuple[bytes, bool]]) -> list[Seen]:
-        process = self._idle.get()
+        try:
+            process = self._idle.get_nowait()
+        except Empty:  # as many threads come here as there may be processes
+            process = self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
             pickle.dump((*self._common, files), process.stdin)
@@ -157,7 +161,6 @@ class Readers:
             if process.wait() >= 0 or self._ended:
                 raise RuntimeError("a process that reads images ended: its message is above") from error
         # A signal ended it: a decoder crashed, or the kernel wanted its memory. Which file was it?
-        self._start()
         if len(files) == 1:
             return [Seen(readable(files[0][0]), error="reading it crashed the decoder or took all memory")]
         return [seen for file in files for seen in self._answer([file])]

@@ -63,7 +63,7 @@ def predict_folder(
     def read_share(paths: list[bytes], rank: int = 0, world: int = 1) -> Iterator[Seen]:
         """This rank's share of the files: every world-th batch, from the rank's on."""
         pictures = PICTURES if sheet else 0
-        return readers.read((path, i < pictures) for i, path in enumerate(paths) if i // BATCH_SIZE % world == rank)
+        return readers.read([(path, i < pictures) for i, path in enumerate(paths) if i // BATCH_SIZE % world == rank])
 
     began = time.perf_counter()
     alone = launched_processes() == "1"

@@ -238,10 +238,23 @@ def test_files_that_kill_their_reader_get_a_row_and_cost_no_other(folder, monkey
     )
     monkeypatch.setattr(image_files, "PROGRAM", fatal)
     with Readers(folder, 2) as readers:
-        seen = list(readers.read((path, False) for path in find_images(folder)))
+        seen = list(readers.read([(path, False) for path in find_images(folder)]))
     assert [file.path for file in seen] == PATHS
     assert ["crashed" in (file.error or "") for file in seen] == [path in ("4.png", "b/deep/7.bmp") for path in PATHS]
     assert sum(file.digit is not None for file in seen) == 4
+
+
+def test_a_few_large_files_occupy_a_reader_each_and_no_reader_is_started_in_vain(folder, monkeypatch):
+    slow = (
+        "import time; from mnist_accel import images, image_files; read = images.read_image; "
+        "images.read_image = lambda p: time.sleep(1) or read(p); image_files.serve()"
+    )
+    monkeypatch.setattr(image_files, "PROGRAM", slow)
+    for files, processes, started in ((3, 64, 3), (6, 2, 2)):
+        with Readers(folder, processes) as readers:
+            paths = find_images(folder)[:files]
+            assert len(list(readers.read([(path, False) for path in paths]))) == files
+            assert len(readers._all) == started
 
 
 def test_readers_that_cannot_start_are_an_error_and_no_endless_loop(folder, monkeypatch):
@@ -256,7 +269,7 @@ import sys, time
 from pathlib import Path
 from mnist_accel.image_files import Readers
 readers = Readers(Path(sys.argv[1]), 2)
-next(readers.read([(b"4.png", False)]))
+list(readers.read([(b"4.png", False)] * 2))
 print(*(process.pid for process in readers._all), flush=True)
 time.sleep(60)
 """
