@@ -55,14 +55,14 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
             ink = inked(rest, noise)
             parts = Parts(ink)
             shading = parts.at_edge() & (parts.sums(mask) < 0.5 * parts.area)  # which only the frame had outshone
-            digit = _of_one_pen(_digit_parts(ink & ~shading[parts.labels], rest), rest)
+            digit = _with_islands(_of_one_pen(_digit_parts(ink & ~shading[parts.labels], rest), rest), ink)
             # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left;
             # but it covers no half of one of the image's sides, as a scanner's dark edge does.
             sides = foreign[0], foreign[-1], foreign[:, 0], foreign[:, -1]
             least = 0.04 if max(side.mean() for side in sides) > 0.5 else 0.12
             if longest_side(digit) > least * max(digit.shape) and not _is_shading(strength, digit):
                 return _sharpened(rest, digit)
-    digit = _of_one_pen(_digit_parts(mask, strength), strength)
+    digit = _with_islands(_of_one_pen(_digit_parts(mask, strength), strength), mask)
     found = digit.any() and (tiny or not _is_shading(strength, digit))
     return _sharpened(strength, digit) if found else None
 
@@ -136,7 +136,9 @@ def find_light_sheet(grey: Grey) -> Sheet | None:
 def _sheet_lighter_than(smooth: Grey, level: float) -> Sheet | None:
     light = (smooth > level).astype(np.uint8)
     gap = int(0.11 * max(light.shape)) | 1  # strokes and shadows are narrower
-    closed = cv2.copyMakeBorder(light, gap, gap, gap, gap, cv2.BORDER_CONSTANT)
+    # A tag's string, or a gleam on the desk, leads from the sheet to the image's edge.
+    broad = cv2.morphologyEx(light, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8))
+    closed = cv2.copyMakeBorder(broad, gap, gap, gap, gap, cv2.BORDER_CONSTANT)
     closed = cv2.morphologyEx(closed, cv2.MORPH_CLOSE, np.ones((gap, gap), np.uint8))[gap:-gap, gap:-gap]
     parts = Parts(closed)
     if parts.count < 2 or parts.at_edge()[parts.largest()] or parts.area[parts.largest()] < 0.2 * light.size:
@@ -242,7 +244,9 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
         close = (area > 0.03 * area[kept].sum()) & (gap <= 0.25 * longest)
         # What reaches the image's edge while the main part does not is a neighbour's.
         overlaps = (gap <= 0) & ((parts.middle > start) & (parts.middle < end)).all(1)
-        underline = flat & (parts.start[:, 1] > end[1] + 0.05 * longest)
+        # Where a slanting line is in its middle; one end of it is higher. No bar of a digit is as long as it is high.
+        below = parts.middle[:, 1] - 0.5 * area / parts.size[:, 0] - end[1]
+        underline = flat & (below > np.where(parts.size[:, 0] > 0.9 * longest, 0, 0.05 * longest))
         # Words and buttons above and below: low, and wider than the dots that a pen leaves.
         tall = parts.size[:, 1] / (end - start)[1]
         label = (gaps[:, 1] > 0.1 * longest) & (tall < 0.25) & (parts.size[:, 0] > 1.5 * pen)
@@ -268,6 +272,12 @@ def _of_one_pen(digit: Mask, strength: Grey) -> Mask:
     pen = _digit_parts(digit & (strength > 0.4 * float(np.median(inside[strong]))), strength)
     # A blot on a pencil's digit is no digit.
     return pen if longest_side(pen) > 0.35 * longest_side(digit) else digit
+
+
+def _with_islands(digit: Mask, mask: Mask) -> Mask:
+    """What was found, and where it is broader than any stroke, as a plate is, the counters of the digit on it."""
+    broad = 2 * float(distance_to_paper(digit).max()) > 0.2 * max(digit.shape)
+    return digit | (mask & without_holes(digit)) if broad else digit
 
 
 def _sharpened(strength: Grey, digit: Mask) -> Grey:

@@ -47,6 +47,10 @@ def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
     gap = round(0.15 * height) | 1  # between the ends of a ring that was drawn by hand
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (gap, gap))
     closed: Mask = cv2.morphologyEx(shape, cv2.MORPH_CLOSE, disc)
+    # A disc reaches through a wider gap in a thin ring. What bridges it is the ring's hull, along which the rest lies.
+    bridge: Mask = cv2.polylines(np.zeros_like(shape), [cv2.convexHull(cv2.findNonZero(shape))], True, 1)
+    if (bridge & ~grown(shape, round(0.08 * height) | 1)).sum() < 0.2 * bridge.sum():
+        closed |= bridge
     filled = without_holes(closed)
     holes = Parts(filled & ~closed)
     if holes.count < 2:

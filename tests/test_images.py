@@ -287,6 +287,30 @@ def in_a_gallery(photo: np.ndarray) -> np.ndarray:
     return screen
 
 
+def underlined_twice(ink: np.ndarray) -> np.ndarray:
+    """Two quick lines, not quite level, close below the digit."""
+    side = len(ink)
+    for y in (0.83, 0.92):
+        start, end = (round(0.2 * side), round((y + 0.03) * side)), (round(0.8 * side), round((y - 0.03) * side))
+        cv2.line(ink, start, end, 1.0, round(0.03 * side), cv2.LINE_AA)
+    return ink
+
+
+def on_a_tag(note: np.ndarray) -> np.ndarray:
+    """A tag on a dark desk, whose string leads out of the picture."""
+    height, width = note.shape[:2]
+    desk = np.full((2 * height, 2 * width, 3), 45, np.uint8)
+    cv2.line(desk, (width, height // 2 + 10), (width + width // 3, 0), (215, 210, 200), 5, cv2.LINE_AA)
+    desk[height // 2 : height // 2 + height, width // 2 : width // 2 + width] = note
+    return desk
+
+
+def on_a_plate(ink: np.ndarray) -> np.ndarray:
+    """A white digit on a dark enamel plate on a plastered wall."""
+    plate = paint(ink, (240, 240, 235), (25, 45, 110))
+    return cv2.copyMakeBorder(plate, *2 * (80,), *2 * (60,), cv2.BORDER_CONSTANT, value=(205, 200, 190))
+
+
 def on_a_badge(ink: np.ndarray) -> np.ndarray:
     """A white digit on a coloured disc on white."""
     disc = cv2.circle(np.zeros_like(ink), (100, 100), 90, 1.0, -1)
@@ -329,9 +353,12 @@ VARIANTS = {
     "in a circle": lambda d: paint(cv2.circle(draw(d, size=0.4, pen=0.05), (100, 100), 64, 1.0, 6)),
     "in a circle whose ends do not meet": lambda d: paint(
         cv2.ellipse(draw(d, size=0.4, pen=0.05), (100, 100), (64, 60), 0, 80, 428, 1.0, 5)),
+    "in a thin circle whose ends do not meet": lambda d: paint(
+        cv2.ellipse(draw(d, size=0.4, pen=0.05), (100, 100), (66, 62), 0, 40, 375, 1.0, 3)),
     "in a box on a page": lambda d: paint(
         cv2.rectangle(draw(d, 400, 400, 0.25, 0.03), (125, 125), (275, 275), 1.0, 5)),
     "underlined": lambda d: paint(cv2.line(draw(d, pen=0.07), (30, 184), (175, 180), 1.0, 9)),
+    "underlined twice": lambda d: paint(underlined_twice(draw(d, 400, 400, size=0.55, pen=0.05))),
     "on a line to write on": lambda d: paint(cv2.line(draw(d, size=0.5, pen=0.05), (15, 148), (185, 150), 1.0, 3)),
     "larger than its printed box": lambda d: paint(
         cv2.rectangle(draw(d, 400, 400, 0.58, 0.08), (100, 90), (300, 310), 1.0, 3)),
@@ -342,6 +369,8 @@ VARIANTS = {
     "between printed words": lambda d: noise(lamp(paint(between_words(draw(d, 600, 600, 0.45, 0.05)))), 3),
     "a photo in a phone's gallery": lambda d: in_a_gallery(noise(lamp(paint(draw(d, 500, 370, 0.5, 0.06))), 4)),
     "a badge": lambda d: on_a_badge(draw(d, size=0.45)),
+    "an enamel plate": lambda d: noise(lamp(on_a_plate(draw(d, 240, 180, 0.6, 0.16))), 3),
+    "a tag on a string on a dark desk": lambda d: noise(on_a_tag(paint(draw(d, 220, 170, 0.7, 0.07))), 3),
     "a strip of tape": lambda d: lamp(on_a_page(paint(draw(d, 150, 420), (20, 20, 20), (160, 175, 230)), 150)),
     "a table's line at the top": lambda d: paint(level_line(draw(d), 0.04, 0.03, 1.0)),
     "ruled paper": lambda d: paint(level_line(draw(d), 0.42, 0.015, 0.5)),
