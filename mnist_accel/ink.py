@@ -99,7 +99,7 @@ def _filled(mask: Mask, strength: Grey, smooth: Grey) -> tuple[Mask, Grey]:
         filled = hole  # a bright shape where dark ink was assumed: its outline is a halo, as dark as all around it
     else:
         return mask, strength
-    return filled, np.where(hole > 0, strength[mask > 0].max(), strength * filled)
+    return filled, np.where(hole > 0, np.median(strength[mask > 0]), strength * filled)
 
 
 def _is_shading(strength: Grey, part: Mask) -> bool:
@@ -173,6 +173,8 @@ def _written_sheet(found: Mask, whole: Mask, torn: bool) -> Sheet | None:
     if longest < (0.1 if regular else 0.3) * min(size):
         return None
     blank, stroke = (float(distance_to_paper(part).max()) for part in (sheet & found, strokes))
+    if of_rectangle > 0.93:  # a pen can fill the loop of a six, and no zero is as rectangular
+        stroke = stroke_width(strokes) / 2
     # A round zero whose counter is narrower than its strokes would need a pen of a third of its width. The counters of
     # a bold eight are short, and those of a six and a nine are round.
     widest = (1.0 if is_round else 0.6) * blank if regular else min(0.25 * blank, 0.15 * longest)

@@ -291,7 +291,7 @@ def underlined_twice(ink: np.ndarray) -> np.ndarray:
     """Two quick lines, not quite level, close below the digit."""
     side = len(ink)
     for y in (0.83, 0.92):
-        start, end = (round(0.2 * side), round((y + 0.03) * side)), (round(0.8 * side), round((y - 0.03) * side))
+        start, end = (round(0.2 * side), round((y + 0.02) * side)), (round(0.8 * side), round((y - 0.02) * side))
         cv2.line(ink, start, end, 1.0, round(0.03 * side), cv2.LINE_AA)
     return ink
 
