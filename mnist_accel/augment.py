@@ -5,7 +5,7 @@ its slice: the images that the network sees do not depend on the number of proce
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,13 @@ AUGMENTATIONS = {
         noise=0.06, continental=0.4, stretch=0.25, cut=0.1, erased=0.1, plain=0.35,
     ),
 }  # fmt: skip
+
+
+def augmentation_for(name: str, class_names: list[str]) -> Augmentation:
+    """The distortions of this name; strokes that make sense on digits only are left out for other classes."""
+    chosen = AUGMENTATIONS[name]
+    are_digits = class_names[:10] == [str(digit) for digit in range(10)]
+    return chosen if are_digits else replace(chosen, continental=0.0)
 
 
 def draw(augmentation: Augmentation, batch_size: int, seed: int, step: int) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from mnist_accel import figures
+from mnist_accel import __version__, figures
 from mnist_accel.checkpoint import STATE_NAME, complete_checkpoints, read_checkpoint
 from mnist_accel.cli import UserError
 from mnist_accel.config import PROVENANCE, TrainConfig, differing_options
@@ -58,7 +59,7 @@ def _given_folder(config: TrainConfig) -> Path | None:
         return None
     resumed = Path(os.path.expanduser(config.resume))
     is_checkpoint = (resumed / STATE_NAME).exists()
-    if not is_checkpoint and not resumed.name.startswith("step_"):
+    if not is_checkpoint and not re.fullmatch(r"step_\d{8,}", resumed.name):
         return resumed
     if is_checkpoint and resumed.resolve().parent.name != "checkpoints":
         raise UserError(f"{resumed} is a checkpoint outside its run: give an --output-dir for the run that goes on")
@@ -84,6 +85,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._locked: int | None = None  # the lock's file, open in the process that trains here
 
     @property
     def checkpoints(self) -> Path:
@@ -92,7 +94,7 @@ class RunFolder:
     def open(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         """Make the folder, or find the checkpoint to resume from; returns that checkpoint's content, or None to start.
 
-        Until `release` or the process's end, other trainings are kept out.
+        Until `release`, which the folder as a context comes to, or the process's end, other trainings are kept out.
 
         Raises:
             UserError: the folder holds another run, another process trains in it, nothing is there to resume, it is of
@@ -116,10 +118,19 @@ class RunFolder:
                     folder.rmdir()
             raise
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def release(self) -> None:
-        """The run is over: nothing but what it leaves stays in the folder."""
-        with suppress(OSError):
-            (self.path / LOCK_NAME).unlink()
+        """The run is over: nothing but what it leaves stays in the folder, and another training may begin there."""
+        if self._locked is not None:
+            with suppress(OSError):
+                (self.path / LOCK_NAME).unlink()
+            os.close(self._locked)
+            self._locked = None
 
     def _begin(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         candidates = []
@@ -168,22 +179,33 @@ class RunFolder:
         """
         try:
             import fcntl
-
-            self._locked = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT)  # closing it would unlock it
-        except (ImportError, OSError):  # Windows; a folder that cannot be written is told when it is written
+        except ImportError:  # Windows
             return
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                return fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT)  # closing it unlocks it
+            except OSError:
+                return  # a folder that cannot be written is told when it is written
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Who had it before removed it: then a third training would lock a new file of this name.
+                if os.path.samestat(os.fstat(file), os.stat(self.path / LOCK_NAME)):
+                    self._locked = file
+                    return
+            except FileNotFoundError:
+                pass
             except (BlockingIOError, PermissionError) as error:
                 if time.monotonic() > deadline:
+                    os.close(file)
                     raise UserError(
                         f"another process is training in {self.path}: wait for its end, or choose another --output-dir"
                     ) from error
                 time.sleep(0.1)
-            except OSError:
-                return  # a file system without locks
+            except OSError:  # a file system without locks
+                self._locked = file
+                return
+            os.close(file)
 
     def _started_with(self) -> dict[str, Any]:
         """Options and data as `config.yaml` has them, under a checkpoint's names; nothing where it is unreadable."""
@@ -206,8 +228,8 @@ class RunFolder:
             "world_size": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
             "device": describe_device(accelerator),
-            "versions": {"torch": str(torch.__version__)}
-            | {name: version(name) for name in ("mnist-accel", "accelerate", "datasets")},
+            "versions": {"torch": str(torch.__version__), "mnist-accel": __version__}
+            | {name: version(name) for name in ("accelerate", "datasets")},
         }
         self.write_files("", {"config.yaml": yaml.safe_dump(content, sort_keys=False).encode()})
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from mnist_accel.augment import AUGMENTATIONS
+from mnist_accel.augment import augmentation_for
 from mnist_accel.averaging import WeightAverage
 from mnist_accel.checkpoint import TrainState, complete_checkpoints, write_checkpoint
 from mnist_accel.cli import SharedError
@@ -77,7 +77,7 @@ class Trainer:
             micro_batches=self.accelerator.gradient_accumulation_steps,
             seed=config.seed,
             device=device,
-            augmentation=AUGMENTATIONS[config.augmentation] if config.augment else None,
+            augmentation=augmentation_for(config.augmentation, self.data.class_names) if config.augment else None,
             dropout=config.dropout,
             features=self.network.dropout.features,
         )
@@ -119,7 +119,7 @@ class Trainer:
         accumulates = accelerator.gradient_accumulation_steps > 1
         stop_signal = 0
         self._started = time.perf_counter()
-        with stop_signals() as received_signal:
+        with stop_signals() as received_signal, self.folder:
             while state.step < self.last_step and not state.out_of_patience(config) and not stop_signal:
                 epoch, first_step = divmod(state.step, loader.steps_per_epoch)
                 self.reporter.start_epoch(epoch, first_step * config.batch_size, loader.num_images)
@@ -338,7 +338,5 @@ class Trainer:
         return self._end(128 + stop_signal)
 
     def _end(self, status: int) -> int:
-        if self.is_main:
-            self.folder.release()
         self.accelerator.end_training()
         return status

@@ -1,12 +1,12 @@
 """Distortions keep the form of images, depend on (seed, step) alone, and do what they are named after."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from mnist_accel.augment import AUGMENTATIONS, Augmentation, distort, draw
+from mnist_accel.augment import AUGMENTATIONS, Augmentation, augmentation_for, distort, draw
 from mnist_accel.config import AUGMENTATION_NAMES
 from mnist_accel.data import load_data
 
@@ -217,3 +217,10 @@ def test_continental_strokes_lie_where_people_write_them(digit):
         assert 20 < footed.sum() < 60
         assert (left > 1.5 * right).all() and upper[~footed].sum() > 0.6 * added[~footed].sum()
         assert (added[~footed][:, :, 16:].amax((1, 2)) < 0.5).all() and (added[:, 4:8, 12].amax(1) > 0.3).all()
+
+
+def test_strokes_of_digits_are_drawn_on_digits_only():
+    numbers = [str(digit) for digit in range(10)]
+    assert augmentation_for("handwriting", numbers) == AUGMENTATIONS["handwriting"]
+    assert augmentation_for("handwriting", [*numbers, "A", "B"]).continental > 0
+    assert augmentation_for("handwriting", ["top", "trouser"]) == replace(AUGMENTATIONS["handwriting"], continental=0.0)

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -76,7 +77,8 @@ import sys
 from pathlib import Path
 from mnist_accel.config import TrainConfig
 from mnist_accel.run_folder import RunFolder
-RunFolder(Path(sys.argv[1])).open(TrainConfig(resume="auto", output_dir=sys.argv[1]), "the same", 100)
+folder = RunFolder(Path(sys.argv[1]))
+folder.open(TrainConfig(resume="auto", output_dir=sys.argv[1]), "the same", 100)
 print("locked", flush=True)
 sys.stdin.read()
 """
@@ -98,11 +100,39 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp
     assert not list(folder.path.iterdir())
 
 
+def test_who_waited_for_a_folder_keeps_the_next_one_out(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    config = TrainConfig(resume="auto", output_dir=str(folder.path))
+    releases = LOCKS.replace("sys.stdin.read()", "sys.stdin.readline(); folder.release(); sys.stdin.read()")
+    command, pipe = [sys.executable, "-c", releases, str(folder.path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        timer = threading.Timer(0.5, lambda: (other.stdin.write("\n"), other.stdin.flush()))
+        timer.start()
+        assert folder.open(config, "the same", 100) is None
+        timer.join()
+        assert (folder.path / ".lock").exists(), "else a third training locks a file of its own"
+        other.communicate()
+
+
+def test_a_training_that_fails_leaves_its_folder_to_the_next_one(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="diverged"), folder:
+        folder.open(TrainConfig(output_dir=str(folder.path)), "the same", 100)
+        assert (folder.path / ".lock").exists()
+        raise UserError("diverged")
+    assert not (folder.path / ".lock").exists()
+
+
 @pytest.mark.parametrize("resume", ["runs/mine", "runs/mine/checkpoints/step_00000010"])
 def test_a_run_goes_on_in_the_folder_that_it_is_resumed_from_unless_another_is_given(resume):
     assert choose_folder(TrainConfig(resume=resume)) == Path("runs/mine")
     assert choose_folder(TrainConfig(resume=resume, output_dir="other")) == Path("other")
     assert choose_folder(TrainConfig()).parent == Path("runs")
+
+
+def test_a_run_may_be_called_as_checkpoints_are():
+    assert choose_folder(TrainConfig(resume="runs/step_lr")) == Path("runs/step_lr")
 
 
 def test_a_tilde_that_stands_for_nobody_s_home_is_a_name_like_any_other():
