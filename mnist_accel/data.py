@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from mnist_accel.cli import UserError, is_first_rank
 
 SIZE = 28
-CACHE_VERSION = 2  # part of every key: raise it when the same source would decode to other tensors
+CACHE_VERSION = 3  # part of every key: raise it when the same source would decode to other tensors
 OWN_IMAGES = "of your own images each lies in train/CLASS/ or test/CLASS/, of two classes or more"
 SPLITS, KINDS = ("train", "test"), ("images", "labels")
 EMBEDDED = Path(__file__).parent / "assets" / "digits.npz"
@@ -217,20 +217,20 @@ def _from_idx(name: str, *files: Path) -> ImageData:
 
 
 def scale_image(image: Any, where: str) -> np.ndarray:
-    """A Pillow image as grey uint8 (28, 28); a `UserError` if it is not square or its pixels have more than 8 bits."""
-    from PIL import Image
+    """A Pillow image as grey uint8 (28, 28), as `predict_dir.py --as-is` makes it.
+
+    Raises a `UserError` if it is not square, its pixels have more than 8 bits, or it is far too large.
+    """
+    from mnist_accel.images import ImageError, decoded, resized
 
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{where} has pixels of more than 8 bits (mode {image.mode}): save it with 8 bits a channel")
     if image.width != image.height:
         raise UserError(f"{where} is {image.width}x{image.height}: crop or pad it to a square")
-    if image.has_transparency_data:  # laid over paper that what is visible stands out from
-        grey, visible = (np.asarray(band, np.float32) for band in image.convert("LA").split())
-        paper = 0 if (grey * visible).sum() > 127 * visible.sum() else 255
-        image = Image.fromarray(np.uint8(paper + (grey - paper) * (visible / 255) + 0.5))
-    # As MNIST was made: shrinking averages over area.
-    method = Image.Resampling.BOX if image.width > SIZE else Image.Resampling.BICUBIC
-    return np.asarray(image.convert("L").resize((SIZE, SIZE), method))
+    try:
+        return resized(decoded(image))
+    except ImageError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 # The cache

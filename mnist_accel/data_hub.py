@@ -14,6 +14,8 @@ from mnist_accel.cli import UserError
 from mnist_accel.data import OWN_IMAGES, SIZE, ImageData, Split, check_data, scale_image
 from mnist_accel.hub import reason
 
+LABEL_NAMES = ("labels", "digit", "class", "target")
+
 
 def load_folder(name: str, folder: Path, config: str) -> ImageData:
     """Decode a folder that the `datasets` library reads; `name` is for messages, `config` may be empty.
@@ -68,9 +70,11 @@ def _columns(features: dict[str, Any], name: str) -> tuple[str, str, list[str]]:
 
     image = [column for column, feature in features.items() if isinstance(feature, Image)]
     label = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    label = label or [column for column, f in features.items() if isinstance(f, Value) and "int" in f.dtype]
-    if "label" in label:
-        label = ["label"]
+    numbers = [column for column, f in features.items() if isinstance(f, Value) and "int" in f.dtype]
+    if "label" in features:
+        label = [column for column in (*label, *numbers) if column == "label"]
+    elif not label:  # among several columns, any integer is as likely the row's number
+        label = numbers if len(features) == 2 else [column for column in numbers if column in LABEL_NAMES]
     if len(image) != 1 or len(label) != 1:
         found = ", ".join(f"{column}: {getattr(f, 'dtype', type(f).__name__)}" for column, f in features.items())
         raise UserError(

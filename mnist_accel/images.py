@@ -79,7 +79,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return _pixels(image)
+            return decoded(image)
     except ImageError:
         raise
     except Exception as error:
@@ -104,7 +104,8 @@ def _reason(error: Exception, path: str | Path) -> str:
     return " ".join(f"damaged image: {error or type(error).__name__}".split())[:200]
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def decoded(image: Image.Image) -> np.ndarray:
+    """The pixels of an opened image, as from `read_image`; raises what its decoder does, or `ImageError`."""
     # JPEG can be decoded at a half, a quarter or an eighth, at that fraction of the cost; others ignore this.
     image.draft(None, (READ_SIDE, READ_SIDE))
     if image.width * image.height > MAX_PIXELS:

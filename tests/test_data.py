@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 from mnist_accel import data
@@ -194,6 +194,37 @@ def test_larger_and_coloured_square_images_are_averaged_to_grey_28x28(tmp_path: 
     images = load_data(str(folder)).train.images
     assert images.shape == (2, 28, 28)
     assert (images.int() - 100).abs().max() <= 1
+
+
+def test_photos_that_the_camera_stored_turned_are_turned_upright(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            picture = Image.fromarray(np.triu(np.full((28, 28), 250, np.uint8)))
+            picture.save(folder / "0.jpg", exif=turned, quality=95)
+    seen = load_data(str(tmp_path / "set")).train.images[0].numpy().astype(int)
+    assert np.abs(seen - np.rot90(np.triu(np.full((28, 28), 250)), -1)).mean() < 10
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"id": "int64", "label": "string"}, {"digit": "string", "writer": "int32"}, {"id": "int64", "n": "int8"}],
+)
+def test_a_number_that_may_be_anything_is_not_taken_for_the_label(tmp_path: Path, columns: dict[str, str]) -> None:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image()} | {n: datasets.Value(k) for n, k in columns.items()})
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = {"image": [Image.fromarray(pixels) for pixels in pictures(3)]}
+        rows |= {n: ["0", "1", "2"] if kind == "string" else [0, 1, 2] for n, kind in columns.items()}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="1 columns of images and 0 of class labels"):
+        load_data(str(tmp_path / "set"))
 
 
 def test_classes_may_have_the_names_of_splits(tmp_path: Path) -> None:
