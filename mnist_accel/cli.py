@@ -83,6 +83,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = sys.argv[1:] if args is None else args
+        if "" in given:
+            self.error("an argument is empty: is a variable of the shell not set?")
         return super().parse_known_args(
             [re.sub("^--[^=]+", lambda n: n[0].replace("_", "-"), a) for a in given], namespace
         )

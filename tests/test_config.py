@@ -105,6 +105,7 @@ def test_a_recipes_augmentation_can_be_turned_off():
         (["--dropout", "1.5"], "--dropout"),
         (["--batch", "64"], "--batch"),
         (["stray"], "stray"),
+        (["--dataset", ""], "an argument is empty"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--augmentation", "elastic"], "add --augment"),
     ],
