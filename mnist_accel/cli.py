@@ -55,7 +55,7 @@ def number(kind: type, low: float, below: float = math.inf, words: Any = ()) -> 
     return parse
 
 
-COUNT, POSITIVE = number(int, 0), number(int, 1)
+COUNT, POSITIVE = number(int, 0), number(int, 1, 1e9)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -100,6 +100,7 @@ def test_a_recipes_augmentation_can_be_turned_off():
         (["--push-to-hub", "digits"], "USER/NAME"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "many"], "--epochs"),
+        (["--batch-size", "1" + 20 * "0"], "less than 1e+09"),
         (["--seed", "-1"], "--seed"),
         (["--learning-rate", "nan"], "--learning-rate"),
         (["--dropout", "1.5"], "--dropout"),
