@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 MODEL_HELP = (
@@ -55,6 +56,13 @@ def number(kind: type, low: float, below: float = math.inf, words: Any = ()) -> 
     return parse
 
 
+def folder_name(text: str) -> Path:
+    """A parser for a folder's name; an empty one is not taken for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty: is a variable of the shell not set?")
+    return Path(text)
+
+
 COUNT, POSITIVE = number(int, 0), number(int, 1, 1e9)
 
 
@@ -83,8 +91,6 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = sys.argv[1:] if args is None else args
-        if "" in given:
-            self.error("an argument is empty: is a variable of the shell not set?")
         return super().parse_known_args(
             [re.sub("^--[^=]+", lambda n: n[0].replace("_", "-"), a) for a in given], namespace
         )
