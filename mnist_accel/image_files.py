@@ -114,6 +114,8 @@ class Readers:
     def __init__(self, folder: Path, processes: int, as_is: bool = False) -> None:
         self._common = os.fsencode(folder), as_is
         self._ended = False
+        # Of this moment: imports change the environment while a thread starts a process, which then got half of it.
+        self._environment = os.environ.copy()
         self._processes = processes
         self._pool = ThreadPoolExecutor(processes)  # a thread for each process, to wait for it
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
@@ -141,7 +143,8 @@ class Readers:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-P", "-c", PROGRAM]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=self._environment)
         self._all.append(process)
         return process
 
