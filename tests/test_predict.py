@@ -258,6 +258,12 @@ def test_a_few_large_files_occupy_a_reader_each_and_no_reader_is_started_in_vain
             assert len(readers._all) == started
 
 
+def test_a_reader_gets_the_environment_of_the_beginning_whatever_imports_do_to_it_meanwhile(folder, monkeypatch):
+    with Readers(folder, 1) as readers:
+        monkeypatch.setenv("CHANGED_MEANWHILE", "1")
+        assert "CHANGED_MEANWHILE" not in psutil.Process(readers._start().pid).environ()
+
+
 def test_readers_that_cannot_start_are_an_error_and_no_endless_loop(folder, monkeypatch):
     monkeypatch.setattr(image_files, "PROGRAM", "raise SystemExit(3)")
     with Readers(folder, 2) as readers, pytest.raises(RuntimeError, match="its message is above"):
