@@ -67,9 +67,14 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
     return _sharpened(strength, digit) if found else None
 
 
+def _is_broad(mask: Mask) -> bool:
+    """Whether a disc broader than any pen's stroke fits into the mask."""
+    return 2 * float(distance_to_paper(mask).max()) > 0.2 * max(mask.shape)
+
+
 def _too_broad(mask: Mask) -> bool:
-    """Whether a disc broader than any pen's stroke fits into the mask, and it is no sheet of paper."""
-    return 2 * float(distance_to_paper(mask).max()) > 0.2 * max(mask.shape) and find_sheet(mask) is None
+    """Whether the mask is broader than any stroke, and is no sheet of paper."""
+    return _is_broad(mask) and find_sheet(mask) is None
 
 
 def _is_patch_of_light(mask: Mask, ink: Mask, smooth: Grey) -> bool:
@@ -172,9 +177,9 @@ def _written_sheet(found: Mask, whole: Mask, torn: bool) -> Sheet | None:
     longest = Parts(strokes).size[1:].max(initial=0)
     if longest < (0.1 if regular else 0.3) * min(size):
         return None
-    blank, stroke = (float(distance_to_paper(part).max()) for part in (sheet & found, strokes))
-    if of_rectangle > 0.93:  # a pen can fill the loop of a six, and no zero is as rectangular
-        stroke = stroke_width(strokes) / 2
+    blank = float(distance_to_paper(sheet & found).max())
+    # A pen can fill the loop of a six, which then is no measure of it; and no zero is as rectangular.
+    stroke = stroke_width(strokes) / 2 if of_rectangle > 0.93 else float(distance_to_paper(strokes).max())
     # A round zero whose counter is narrower than its strokes would need a pen of a third of its width. The counters of
     # a bold eight are short, and those of a six and a nine are round.
     widest = (1.0 if is_round else 0.6) * blank if regular else min(0.25 * blank, 0.15 * longest)
@@ -278,8 +283,7 @@ def _of_one_pen(digit: Mask, strength: Grey) -> Mask:
 
 def _with_islands(digit: Mask, mask: Mask) -> Mask:
     """What was found, and where it is broader than any stroke, as a plate is, the counters of the digit on it."""
-    broad = 2 * float(distance_to_paper(digit).max()) > 0.2 * max(digit.shape)
-    return digit | (mask & without_holes(digit)) if broad else digit
+    return digit | (mask & without_holes(digit)) if _is_broad(digit) else digit
 
 
 def _sharpened(strength: Grey, digit: Mask) -> Grey:

@@ -158,7 +158,9 @@ class Trainer:
                 self.reporter.bar.close()
                 if epoch_ends:
                     self._end_epoch()
-            return self._stop(stop_signal) if stop_signal and state.step < self.last_step else self._finish()
+            status = self._stop(stop_signal) if stop_signal and state.step < self.last_step else self._finish()
+            accelerator.end_training()
+        return status
 
     # Parts of the loop
 
@@ -327,7 +329,7 @@ class Trainer:
                 self.reporter.say(f"Weights: {self.folder.path / 'best'} and {self.folder.path / 'final'}")
                 if config.push_to_hub:
                     self.reporter.say(f"Uploaded: {upload_folder(self.folder.path / 'best', config.push_to_hub)}")
-        return self._end(0)
+        return 0
 
     def _stop(self, stop_signal: int) -> int:
         """After a signal, whose checkpoint the loop has written."""
@@ -335,8 +337,4 @@ class Trainer:
             f"Stopped by {signal.Signals(stop_signal).name} after step {self.state.step}; the state is saved: continue "
             f"with the same options and --output-dir {self.folder.path} --resume auto"
         )
-        return self._end(128 + stop_signal)
-
-    def _end(self, status: int) -> int:
-        self.accelerator.end_training()
-        return status
+        return 128 + stop_signal

@@ -352,7 +352,10 @@ def test_a_class_whose_name_no_file_can_record_is_refused() -> None:
 @pytest.mark.parametrize(
     ("splits", "complaint"),
     [
-        ({"train": 3}, "has the splits train, but 'train' and 'test' are needed: of your own images"),
+        (
+            {"train": 3},
+            "the splits train, but 'train' and 'test' are needed: of your own images each lies in train/CLASS/",
+        ),
         ({"test": 3}, "has the splits test, but"),
         ({"train": 3, "test": 0}, "has no test images"),
     ],
