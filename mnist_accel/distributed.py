@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import os
-import re
 import signal
 import sys
 import threading
@@ -71,11 +70,12 @@ def _check_launch(accelerator: Accelerator) -> None:
             f"the launcher started {asked_for} processes but Accelerate sees {accelerator.num_processes}: each would "
             "train alone and overwrite the others; on CPU set ACCELERATE_USE_CPU=true in the launcher's environment"
         )
-    wanted = re.search(r" --num[_-]processes[= ](\d+) ", " ".join(_launcher()[0]))
-    if asked_for == "1" and wanted and int(wanted[1]) > 1:
+    command, environment = _launcher()
+    # `accelerate launch` sets an address to meet at for several processes, even where it then starts one alone.
+    if asked_for == "1" and command and "MASTER_PORT" in os.environ.keys() - environment:
         print(
-            f"warning: of {wanted[1]} processes the launcher started one; on a CPU two take `ACCELERATE_USE_CPU=true "
-            "accelerate launch --multi_gpu --num_processes 2`",
+            "warning: the launcher was asked for several processes and started one; on a CPU two take "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2`",
             file=sys.stderr,
         )
     device, precision = accelerator.device.type, accelerator.mixed_precision

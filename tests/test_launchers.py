@@ -262,9 +262,18 @@ def test_two_processes_that_do_not_see_each_other_are_refused(tmp_path):
 def test_processes_that_the_launcher_left_out_are_missed(tmp_path):
     script = tmp_path / "threads.py"
     script.write_text(THREADS)
-    for processes, warned in (("2", True), ("1", False)):
-        _, output = launch([*ACCELERATE, "--num_processes", processes, str(script)], tmp_path, PYTHONPATH=str(ROOT))
-        assert ("warning: of 2 processes the launcher started one" in output) == warned, output
+    configured = tmp_path / "two.yaml"  # what `accelerate config` writes for two processes on a CPU
+    configured.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: 'no'\nuse_cpu: true\n"
+        "debug: false\nnum_processes: 2\nnum_machines: 1\nmachine_rank: 0\n"
+    )
+    for options, warned in (
+        (["--num_processes", "2"], True),
+        (["--config_file", str(configured)], True),
+        (["--num_processes", "1"], False),
+    ):
+        _, output = launch([*ACCELERATE, *options, str(script)], tmp_path, PYTHONPATH=str(ROOT))
+        assert ("asked for several processes and started one" in output) == warned, output
         assert "1 process," in output
 
 
