@@ -138,13 +138,19 @@ def importing() -> Iterator[None]:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks, as told by the launcher's environment."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _from_launcher("RANK", default="0") == "0"
 
 
 def launched_processes() -> str:
-    """How many processes the launcher says that it started; mpirun has variables of its own for that."""
-    sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-    return next(filter(None, map(os.environ.get, sizes)), "1")
+    """How many processes the launcher says that it started."""
+    return _from_launcher("SIZE", default="1")
+
+
+def _from_launcher(what: str, default: str) -> str:
+    """A process's RANK, or the SIZE of the world, in the environment of torchrun, or else of a kind of mpirun."""
+    own = {"RANK": "RANK", "SIZE": "WORLD_SIZE"}[what]
+    names = (own, f"OMPI_COMM_WORLD_{what}", f"PMI_{what}", f"MV2_COMM_WORLD_{what}")
+    return next(filter(None, map(os.environ.get, names)), default)
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:

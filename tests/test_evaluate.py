@@ -178,9 +178,10 @@ def test_script_measures_the_training_split_when_asked(run_evaluate, saved, tmp_
     assert measures["images"] > 1000
 
 
-def test_only_the_first_of_several_processes_prints(run_evaluate, saved, monkeypatch):
+@pytest.mark.parametrize("launcher", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
+def test_only_the_first_of_several_processes_prints(run_evaluate, saved, monkeypatch, launcher):
     PartialState()  # a single process, whose rank is then taken for another
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(launcher, "1")
     assert run_evaluate("--model", saved[0], "--dataset", "digits") == ""
 
 
