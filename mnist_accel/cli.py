@@ -169,8 +169,12 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except UserError as error:
-        is_own = os.environ.get("LOCAL_RANK") == "0" and not isinstance(error, SharedError)
-        status = _report(str(error), anyone=is_own)
+        is_own = not isinstance(error, SharedError)
+        status = _report(str(error), anyone=is_own and os.environ.get("LOCAL_RANK") == "0")
+        if is_own and launched_processes() != os.environ.get("LOCAL_WORLD_SIZE", launched_processes()):
+            from mnist_accel.distributed import tell_other_machines
+
+            tell_other_machines(error)
     except RuntimeError as error:
         status = _report(_known_cause(error), anyone=True)
     except BrokenPipeError:  # the reader of our output (`| head`) has gone

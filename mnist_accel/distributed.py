@@ -8,7 +8,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,7 @@ import accelerate.optimizer
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
 from mnist_accel.cli import SharedError, UserError, launched_processes
@@ -169,6 +170,19 @@ def together() -> Iterator[None]:
         raise failure
     if message is not None:
         raise SharedError(message) from failure
+
+
+def tell_other_machines(error: UserError) -> None:
+    """End the other machines with the error of one that does not come to meet them: they would wait half an hour.
+
+    Their first exchange is that of `together`. Once they have met, they notice by themselves that a process is gone.
+    """
+    if torch.distributed.is_initialized():
+        return
+    with suppress(ValueError, RuntimeError):  # what is known is told already; and perhaps the others never began
+        Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
+        with together():
+            raise error
 
 
 def require_alike(settings: dict[str, Any]) -> None:

@@ -358,6 +358,25 @@ def test_a_mistake_on_the_second_machine_is_told_there_once(tmp_path, local_rank
     assert ended.returncode == 2 and ended.stderr.count("\n") == ended.stderr.count("error: --config") == lines
 
 
+@pytest.mark.parametrize("mistaken", [0, 1])
+def test_a_machine_is_told_of_a_mistake_on_another_that_it_waits_for(tmp_path, mistaken):
+    jobs = []
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "ACCELERATE_USE_CPU": "true"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for rank in range(2):
+        options = ["--config", "nowhere.yaml"] if rank == mistaken else ["--dataset", "digits"]
+        command = [sys.executable, *train_command("--output-dir", str(tmp_path / "run"), *options)]
+        jobs.append(Launch(command, surroundings(tmp_path, RANK=str(rank), **place)))
+    try:
+        assert [job.wait(60) for job in jobs] == [2, 2]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert jobs[0].output.count("error: --config nowhere.yaml: No such file") == 1, jobs[0].output
+    assert jobs[1].output.count("error: ") == mistaken, jobs[1].output
+    assert not (tmp_path / "run").exists()
+
+
 @needs_no_gpu
 def test_mpirun_without_the_word_cpu_is_refused(tmp_path):
     arguments = train_command("--dataset", "digits", "--output-dir", str(tmp_path / "run"))
