@@ -162,6 +162,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
+    # TensorBoard's thread keeps what befell it, a full disk say, for the next call: told here, it would be told twice.
+    threading.excepthook = lambda of: None if isinstance(of.exc_value, OSError) else threading.__excepthook__(of)
     os.environ["MPLBACKEND"] = "agg"  # a notebook exports its own, which is not installed here; nothing is shown
     try:
         status = main() or 0
@@ -180,20 +182,25 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:  # the reader of our output (`| head`) has gone
         status = 141
     except OSError as error:
-        no_room = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # a full disk, a user's quota, a batch system's file limit
-        told = {
-            errno.EACCES: f"{error.strerror}: {error.filename}; give another, or ask its owner for access",
-            errno.ENAMETOOLONG: f"{error.strerror}: {error.filename}; give a shorter one",
-            **dict.fromkeys(no_room, f"cannot write the output: {error.strerror}; make room"),
-        }
-        if error.errno not in told:
+        if not (told := advice(error)):
             raise
-        status = _report(told[error.errno])
+        status = _report(told)
     distributed = sys.modules.get("torch.distributed")
     # A process that fails alone ends at once: to leave the group it would wait for the others, and they for it.
     if status == 0 and distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
     _end_process(status)
+
+
+def advice(error: OSError) -> str | None:
+    """What the user can do about the operating system's refusal; None where that is unknown."""
+    if error.errno == errno.EACCES:
+        return f"{error.strerror}: {error.filename}; give another, or ask its owner for access"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}: {error.filename}; give a shorter one"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a full disk, a user's quota, a batch system's limit
+        return f"cannot write the output: {error.strerror}; make room"
+    return None
 
 
 def _known_cause(error: RuntimeError) -> str:

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
-from mnist_accel.cli import SharedError, UserError, launched_processes
+from mnist_accel.cli import SharedError, UserError, advice, launched_processes
 from mnist_accel.config import FIRST_PROCESS_ONLY
 from mnist_accel.image_files import usable_cores
 
@@ -159,12 +159,15 @@ def together() -> Iterator[None]:
     Raises:
         SharedError: on all ranks, when the block failed on any.
     """
-    failure = None
+    failure: UserError | OSError | None = None
+    told = ""
     try:
         yield
-    except (UserError, OSError) as error:
-        failure = error
-    failures = gather_object([str(failure) if failure else ""])
+    except UserError as error:
+        failure, told = error, str(error)
+    except OSError as error:
+        failure, told = error, advice(error) or str(error)
+    failures = gather_object([told])
     message = next((text for text in failures if text), None)
     if isinstance(failure, BrokenPipeError):  # who read our output has gone: no mistake
         raise failure

@@ -394,6 +394,19 @@ def test_what_a_terminal_cannot_show_is_no_error(tmp_path):
     assert (ended.returncode, ended.stdout) == (0, "\\u6570\\u5b57\n")
 
 
+# A disk that is full, as TensorBoard meets it: its thread first, then, at the next call, who called it.
+FAILING_THREAD = """
+    import threading
+
+    def write():
+        raise {kind}(28, "No space left on device")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    raise OSError(28, "No space left on device")
+"""
+
 SPEAKS = """
 import sys
 from mnist_accel.cli import run_script
@@ -462,6 +475,15 @@ def test_what_the_disk_refuses_is_one_line_and_status_2(number, line):
     command = [sys.executable, "-c", SPEAKS.replace('print("said")', raises)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2 and result.stderr.startswith(line) and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("kind, told", [("OSError", False), ("KeyError", True)])
+def test_what_befalls_a_writers_thread_is_told_once(kind, told):
+    program = SPEAKS.replace('print("said")', FAILING_THREAD.format(kind=kind))
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    *trace, line = result.stderr.splitlines()
+    assert result.returncode == 2 and line == "error: cannot write the output: No space left on device; make room"
+    assert ("Exception in thread" in result.stderr) == bool(trace) == told, result.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is there on Linux only")
