@@ -6,7 +6,10 @@ Tensors lie on the CPU. matplotlib is slow to load, so it is imported on first u
 
 from __future__ import annotations
 
+import logging
 import math
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 # Blue and vermilion stay distinct to colour-blind readers: M. Okabe and K. Ito, "Color universal design", 2008.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#5F6368"
 MISTAKES = 24
+# Installed fonts for class names in signs that matplotlib's own font lacks: Chinese, Japanese, Korean.
+EASTERN = re.compile("CJK|Hei|Hiragino|PingFang|Gothic|Fallback|Arial Unicode")
 # On top of matplotlib's defaults, so that neither the user's matplotlibrc nor a `$` in a class's name changes a figure.
 STYLE: Any = {
     "axes.titlesize": 11,
@@ -49,9 +54,11 @@ def draw_curves(rows: list[dict[str, Any]]) -> np.ndarray:
         loss, score, rate = axes["loss"], axes["accuracy"], axes["rate"]
         loss.plot(epochs, train_loss, "o-", color=BLUE, markersize=4, label="training")
         loss.plot(epochs, eval_loss, "s--", color=VERMILION, markersize=4, label="evaluation")
-        if (train_loss > 0).any() or (eval_loss > 0).any():
+        losses = np.concatenate((train_loss, eval_loss))
+        losses = losses[np.isfinite(losses) & (losses > 0)]
+        if losses.size and losses.max() > 5 * losses.min():
             loss.set_yscale("log")
-            # Plain numbers at 1, 2 and 5, so that less than a decade has labels too.
+            # Plain numbers at 1, 2 and 5: two at least in the range that a logarithmic axis is for.
             loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
             loss.yaxis.set_major_formatter("{x:g}")
         loss.set(title="Loss", xlabel="epoch")
@@ -168,8 +175,11 @@ def styled_figure(width: float, height: float) -> Iterator[Figure]:
     """A figure of this size in inches, in the style of this module until the block ends."""
     from matplotlib import style
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
 
-    with style.context(["default", STYLE]):
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it tells of each that is not bold
+    families = ["DejaVu Sans", *sorted(filter(EASTERN.search, get_font_names()))]
+    with style.context(["default", STYLE | {"font.family": families}]):
         yield Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
@@ -178,7 +188,9 @@ def pixels_of(figure: Figure) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
@@ -188,4 +200,5 @@ def _percent(share: float) -> str:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 12 else name[:11] + "…"
+    """At most 12 characters; many names differ only at their ends."""
+    return name if len(name) <= 12 else f"{name[:6]}…{name[-5:]}"

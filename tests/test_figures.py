@@ -102,12 +102,31 @@ def test_curves_of_few_or_broken_rows_are_drawn_without_a_warning(rows):
     assert figures.draw_curves(rows).std() > 5
 
 
+@pytest.mark.parametrize(("high", "low"), [(0.3, 0.295), (1.84, 0.88), (0.6, 0.1), (2.0, 0.001)])
+def test_the_axis_of_losses_tells_their_size_however_close_they_are(figure, high, low):
+    rows = [{"epoch": 1, "train_loss": high, "eval_loss": low, "eval_accuracy": 0.9, "learning_rate": 0.001}]
+    axis = figure(figures.draw_curves, rows).axes[0]
+    bottom, top = axis.get_ylim()
+    assert len([tick for tick in axis.get_yticks() if bottom <= tick <= top]) > 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_class_names_in_any_script_are_drawn_without_a_warning():
+    assert figures.draw_confusion_matrix(torch.eye(2, dtype=torch.int64), ["一", "글"]).std() > 1
+
+
+def test_long_class_names_that_differ_at_their_ends_stay_apart(figure):
+    names = [f"class number {index}" for index in range(12)]
+    drawn = texts(figure(figures.draw_confusion_matrix, torch.eye(12, dtype=torch.int64), names))
+    assert len({text for text in drawn if text.startswith("class ")}) == 12
+
+
 def test_confusion_matrix_shows_counts_recall_and_precision(figure):
     confusion = torch.tensor([[7, 1, 0], [0, 4, 0], [0, 0, 0]])
     drawn = texts(figure(figures.draw_confusion_matrix, confusion, ["cat", "$dog$", "long name of a bird"]))
     assert "11 of 12 right (91.67%)" in drawn
     assert {"7", "1", "4", "87.5%", "100.0%", "80.0%", "-"} <= set(drawn)
-    assert {"cat", "$dog$", "long name o…"} <= set(drawn)
+    assert {"cat", "$dog$", "long n… bird"} <= set(drawn)
 
 
 @pytest.mark.filterwarnings("error")
