@@ -49,7 +49,9 @@ def _text_or_off(text: str, form: str = ".*", what: str = "") -> str | None:
     return text
 
 
-_REPOSITORY = partial(_text_or_off, form=r"[\w.-]+/[\w.-]+", what="of the form USER/NAME")
+_REPOSITORY = partial(
+    _text_or_off, form=r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]*\w)?", what="of the form USER/NAME"
+)
 _RATE, _FRACTION = number(float, 0, words={"off": 0.0}), number(float, 0, 1, words={"off": 0.0})
 _OFF = {"off": None, "none": None}
 _COUNT_OR_OFF, _NUMBER_OR_OFF = number(int, 1, words=_OFF), number(float, 0, words=_OFF)
@@ -79,7 +81,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = option(1, "micro-batches that a process splits its share into", type=POSITIVE)
     augment: bool = option(False, "distort whole batches at random, as --augmentation says", action=SWITCH)
     augmentation: str = option("affine", "which distortions --augment draws", choices=AUGMENTATION_NAMES)
-    non_digits: int = option(0, "pictures of no digit to train on, each class as likely for them", type=COUNT)
+    non_digits: int = option(
+        0, "pictures of no digit to train on, each class as likely for them", type=number(int, 0, 1e6)
+    )
     validation_size: int = option(0, "training images held out to choose best/; 0: the test split does", type=COUNT)
     early_stopping_patience: int | None = option(None, "stop after N epochs without a new best", type=_COUNT_OR_OFF)
     early_stopping_metric: str = option("accuracy", "what early stopping watches", choices=("accuracy", "loss"))

@@ -1,5 +1,6 @@
 """The Hugging Face Hub, asked first whether it answers, then downloaded from or uploaded to."""
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -25,6 +26,13 @@ def reason(error: Exception) -> str:
     return ": ".join([type(error).__name__, *lines[:2]])
 
 
+def _show_progress_to_people_only() -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
 def _within(seconds: float, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a call returns; a `TimeoutError` after so many seconds, while the call goes on in its thread.
 
@@ -42,6 +50,7 @@ def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = 
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    _show_progress_to_people_only()
     fetch = partial(snapshot_download, hub_id, repo_type=kind, allow_patterns=names)
     folder, what = "", "data set" if kind == "dataset" else kind
     with suppress(Exception):
@@ -71,6 +80,7 @@ def upload_folder(folder: Path, hub_id: str) -> str:
     """Upload a folder as the model repository `hub_id`; returns its address, or raises a `UserError`."""
     from huggingface_hub import HfApi
 
+    _show_progress_to_people_only()
     try:
         address = _within(HUB_SECONDS, HfApi().create_repo, hub_id, exist_ok=True)
         _within(

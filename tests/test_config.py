@@ -41,6 +41,22 @@ def test_an_option_that_is_not_there_is_told_with_the_way_on(given, hint):
     assert hint in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["bad name/x", "a..b/x", "me/-x", "me/x.", "me/a--b", "me/x.git", "x", "a/b/c"])
+def test_a_repository_that_the_hub_would_refuse_is_refused_before_training(name):
+    with pytest.raises(UserError, match="is not of the form USER/NAME"):
+        parse_config(["--push-to-hub", name])
+
+
+def test_a_repository_that_the_hub_takes_is_taken():
+    for name in ("me/mnist-net_1.0", "a/b", "_me/x_"):
+        assert parse_config(["--push-to-hub", name]).push_to_hub == name
+
+
+def test_more_pictures_of_no_digit_than_memory_holds_are_refused():
+    with pytest.raises(UserError, match=r"--non-digits: '1000000000': give a whole number of at least 0 and less than"):
+        parse_config(["--non-digits", "1000000000"])
+
+
 def test_a_path_given_from_python_is_recorded_as_text():
     config = TrainConfig(dataset=Path("mnist"), output_dir=Path("runs/a"))
     assert config == TrainConfig(dataset="mnist", output_dir="runs/a")

@@ -81,6 +81,13 @@ def test_a_model_of_the_hub_is_downloaded_once_and_loaded(hub, model):
     assert len([path for path in hub.paths if path.startswith("GET") and "/resolve/" in path]) == 2
 
 
+def test_where_nobody_looks_no_progress_is_drawn(hub, monkeypatch, tmp_path, capfd):
+    load_model("test/digits")
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    client.upload_folder(SHIPPED, "somebody/digits")
+    assert capfd.readouterr().err == ""
+
+
 def test_newer_weights_on_the_hub_are_fetched(hub, model, tmp_path):
     load_model("test/digits")
     newer = build_model("compact_net")
