@@ -278,7 +278,8 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
         model.load_state_dict(load_file(folder / WEIGHTS_NAME))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{CONFIG_NAME} and {WEIGHTS_NAME} in {folder} are no network of this project: {reason(error)}"
+            f"{CONFIG_NAME} and {WEIGHTS_NAME} in {folder} are no network of this project ({reason(error)}): give "
+            "another model, such as `shipped`"
         ) from error
     return model.eval()
 

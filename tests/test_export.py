@@ -180,6 +180,12 @@ def test_script_writes_a_file_with_the_formats_ending(run_export, file_format, n
     assert logits_of(file_format, name, torch.zeros(3, 1, 28, 28)).shape == (3, 10)
 
 
+def test_of_several_processes_one_exports(run_export, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run_export("--model", "weights", "--format", "torchscript") == ""
+    assert not (tmp_path / "model.pt").exists()
+
+
 def test_script_takes_the_model_as_an_option_and_an_output(run_export):
     run_export("--model", "weights", "--format", "torch-export", "--output", "other/digits.pt2")
     assert logits_of("torch-export", "other/digits.pt2", torch.zeros(1, 1, 28, 28)).shape == (1, 10)

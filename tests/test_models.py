@@ -192,6 +192,12 @@ def test_weights_of_another_network_are_refused(folder, change):
     refused(folder, "model.safetensors", "MnistNet")
 
 
+def test_a_refused_model_is_told_with_the_way_to_the_shipped_one(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"give another model, such as `shipped`$"):
+        load_model(folder)
+
+
 def test_a_missing_description_is_refused(folder):
     (folder / "config.json").unlink()
     refused(folder, "config.json")
