@@ -38,8 +38,10 @@ PROGRAM = (
 )
 
 
-def find_images(folder: Path, leaving_out: Path | None = None) -> list[bytes]:
+def find_images(folder: Path, leaving_out: Path | None = None) -> tuple[list[bytes], int]:
     """The image files below a folder, by their endings: paths relative to it, `/` between parts, sorted.
+
+    Also returns how many folders could not be read.
 
     Hidden files and folders, links to folders (they can form loops), pipes, sockets and devices are left out; links to
     files are followed. A folder that cannot be read is named on stderr and left out, and so is the file `leaving_out`.
@@ -56,11 +58,13 @@ def find_images(folder: Path, leaving_out: Path | None = None) -> list[bytes]:
     def passed_over(error: OSError) -> None:
         if error.filename == root:
             raise UserError(f"folder {folder} cannot be read: {error.strerror}") from error
+        skipped.append(error)
         below = readable(error.filename.removeprefix(root))
         print(f"warning: skipped the folder {below}/: {error.strerror}", file=sys.stderr)
 
     own = leaving_out.stat() if leaving_out is not None and leaving_out.exists() else None
     found: list[bytes] = []
+    skipped: list[OSError] = []
     for parent, folders, files in os.walk(root, onerror=passed_over):
         folders[:] = [name for name in folders if not name.startswith(b".")]
         for name in files:
@@ -69,7 +73,7 @@ def find_images(folder: Path, leaving_out: Path | None = None) -> list[bytes]:
                 found.append(path.removeprefix(root))
     if not found:
         raise UserError(f"no images in {folder}: it should hold files such as .png or .jpg, in subfolders too")
-    return sorted(found, key=lambda path: (readable(path), path))
+    return sorted(found, key=lambda path: (readable(path), path)), len(skipped)
 
 
 def _wanted(path: bytes, leaving_out: os.stat_result | None) -> bool:
@@ -171,7 +175,8 @@ class Readers:
 
 def serve() -> None:
     """Answer the requests that come on stdin, on stdout, until stdin ends: the program of a reader's process."""
-    os.nice(5)  # importing torch, and then the network, is what everything waits for
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(5)  # importing torch, and then the network, is what everything waits for
     import cv2
 
     from mnist_accel.images import see

@@ -46,14 +46,14 @@ def predict_folder(
     The arguments are the options of scripts/predict_dir.py.
 
     Returns:
-        How many files could not be read.
+        How many files, and folders of files, could not be read.
 
     Raises:
         UserError: any mistake in the arguments, found before anything is written; a disk that fills up.
     """
     from mnist_accel.sheet import PICTURES, draw_sheet
 
-    def check_and_list() -> list[bytes]:
+    def check_and_list() -> tuple[list[bytes], int]:
         check_output(output)
         if sheet is not None:
             picture_format(sheet)
@@ -68,7 +68,7 @@ def predict_folder(
     began = time.perf_counter()
     alone = launched_processes() == "1"
     workers = workers or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    paths = check_and_list() if alone else []
+    paths, skipped = check_and_list() if alone else ([], 0)
     with Readers(folder, workers, as_is) as readers, ThreadPoolExecutor(workers) as pool:
         # Importing torch takes longer than reading 10,000 digits, and a process alone knows by now what to read.
         files = read_share(paths)
@@ -80,7 +80,7 @@ def predict_folder(
         accelerator = build_accelerator()
         with together():
             if accelerator.is_main_process and not alone:
-                paths = check_and_list()
+                paths, skipped = check_and_list()
         # All processes work through the list that the first one saw, whatever happens in the folder meanwhile.
         source, paths = broadcast_object_list([model or default_model(), paths])
         if not alone:
@@ -117,7 +117,7 @@ def predict_folder(
         draw_sheet(summary.shown, classes, sheet)
         cut = f" (the first {PICTURES} of {len(paths)} files)" if len(paths) > PICTURES else ""
         print(f"contact sheet: {sheet}{cut}", file=out)
-    return summary.unreadable
+    return summary.unreadable + skipped
 
 
 def _described(model: str, network: "DigitClassifier", as_is: bool) -> str:

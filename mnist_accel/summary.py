@@ -43,7 +43,7 @@ class Summary:
         confidence = f", mean confidence {self.total_confidence / read:.3f}" if read else ""
         seconds = time.perf_counter() - self.began
         lines = [
-            "  ".join(f"{name}: {n}" for name, n in zip(self.class_names, answered, strict=True)),
+            "predicted  " + "  ".join(f"{name}: {n}" for name, n in zip(self.class_names, answered, strict=True)),
             f"{read} images read{confidence}, {self.unreadable} could not be read, "
             f"in {seconds:.1f} s ({total / seconds:,.0f} images/s)",
         ]

@@ -14,7 +14,9 @@ def main() -> int:
     parser.add_argument("--output", default="predictions.csv", help=".csv, .jsonl or .parquet file; - is CSV on stdout")
     parser.add_argument("--probabilities", action="store_true", help="add a column for each class: p0, p1, ...")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw images, what the model saw, its answers")
-    parser.add_argument("--strict", action="store_true", help="exit with status 1 if any file could not be read")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with status 1 if any file or folder could not be read"
+    )
     parser.add_argument(
         "--labels",
         choices=["folder", "name"],

@@ -240,7 +240,7 @@ def test_files_that_kill_their_reader_get_a_row_and_cost_no_other(folder, monkey
     )
     monkeypatch.setattr(image_files, "PROGRAM", fatal)
     with Readers(folder, 2) as readers:
-        seen = list(readers.read([(path, False) for path in find_images(folder)]))
+        seen = list(readers.read([(path, False) for path in find_images(folder)[0]]))
     assert [file.path for file in seen] == PATHS
     assert ["crashed" in (file.error or "") for file in seen] == [path in ("4.png", "b/deep/7.bmp") for path in PATHS]
     assert sum(file.digit is not None for file in seen) == 4
@@ -254,7 +254,7 @@ def test_a_few_large_files_occupy_a_reader_each_and_no_reader_is_started_in_vain
     monkeypatch.setattr(image_files, "PROGRAM", slow)
     for files, processes, started in ((3, 64, 3), (6, 2, 2)):
         with Readers(folder, processes) as readers:
-            paths = find_images(folder)[:files]
+            paths = find_images(folder)[0][:files]
             assert len(list(readers.read([(path, False) for path in paths]))) == files
             assert len(readers._all) == started
 
@@ -327,7 +327,8 @@ def test_the_sheet_shows_file_names_of_any_kind_below_their_images(tmp_path):
 def test_the_summary_counts(folder, model, tmp_path, capsys):
     assert predict_folder(folder, model=str(model), output=str(tmp_path / "out.csv")) == 1
     text = capsys.readouterr().out
-    assert str(model) in text and "6 images read" in text and "1 could not be read" in text
+    assert str(model) in text and "\npredicted  0: " in text
+    assert "6 images read" in text and "1 could not be read" in text
 
 
 def test_the_default_model_is_the_newest_run_that_is_not_on_digits(tmp_path, monkeypatch):
@@ -391,6 +392,26 @@ def test_the_script_ends_with_the_promised_status(folder, model, tmp_path):
     assert "images read" in strict.stderr and not (tmp_path / "predictions.csv").exists()
 
 
+def test_strict_counts_a_folder_that_cannot_be_read(folder, model, tmp_path, monkeypatch):
+    (folder / "broken.png").unlink()
+    scan = os.scandir
+
+    def forbidden(path):
+        if os.fsencode(path).endswith(b"deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    assert predict_folder(folder, model=str(model), output=str(tmp_path / "out.csv")) == 0
+    monkeypatch.setattr(os, "scandir", forbidden)
+    assert predict_folder(folder, model=str(model), output=str(tmp_path / "out.csv")) == 1
+
+
+def test_a_reader_needs_no_priorities_as_windows_has_none():
+    program = "import os; del os.nice\nfrom mnist_accel.image_files import serve; serve()"
+    done = subprocess.run([sys.executable, "-c", program], input=b"", capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_help_does_not_import_torch(tmp_path):
     code = f"""
 import runpy, sys
@@ -412,8 +433,8 @@ def test_pipes_loops_and_hidden_files_are_left_out(folder):
     (folder / "dangling.png").symlink_to(folder / "gone.png")
     (folder / ".git").mkdir()
     (folder / ".git" / "x.png").touch()
-    assert [readable(path) for path in find_images(folder)] == sorted([*PATHS, "linked.png", "dangling.png"])
-    rest = set(find_images(folder)) - set(find_images(folder, leaving_out=folder / "4.png"))
+    assert [readable(path) for path in find_images(folder)[0]] == sorted([*PATHS, "linked.png", "dangling.png"])
+    rest = set(find_images(folder)[0]) - set(find_images(folder, leaving_out=folder / "4.png")[0])
     assert rest == {b"4.png", b"linked.png"}, "a file to leave out is left out under its other names, too"
 
 
@@ -426,7 +447,8 @@ def test_an_unreadable_folder_is_named_and_passed_over(folder, monkeypatch, caps
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", forbidden)
-    assert len(find_images(folder)) == len(PATHS) - 1
+    found, skipped = find_images(folder)
+    assert len(found) == len(PATHS) - 1 and skipped == 1
     assert "b/deep/: Permission denied" in capsys.readouterr().err
 
 
