@@ -63,6 +63,11 @@ def folder_name(text: str) -> Path:
     return Path(text)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what is counted: `1 process`, `2 threads`."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 COUNT, POSITIVE = number(int, 0), number(int, 1, 1e9)
 
 

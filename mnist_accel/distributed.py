@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import Tensor
 
-from mnist_accel.cli import SharedError, UserError, advice, launched_processes
+from mnist_accel.cli import SharedError, UserError, advice, counted, launched_processes
 from mnist_accel.config import FIRST_PROCESS_ONLY
 from mnist_accel.image_files import usable_cores
 
@@ -246,9 +246,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 def describe_device(accelerator: Accelerator) -> str:
     """One line a person can check: the device, its name, the processes, the precision and the CPU threads."""
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    processes = accelerator.num_processes
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else counted(torch.get_num_threads(), "thread")
     return (
-        f"{device.type} ({name}), {processes} process{'es' if processes > 1 else ''}, "
+        f"{device.type} ({name}), {counted(accelerator.num_processes, 'process')}, "
         f"mixed precision {accelerator.mixed_precision}, torch {torch.__version__}, Python {sys.version.split()[0]}"
     )

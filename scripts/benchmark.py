@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mnist_accel.benchmark import DRAWN, Benchmark, as_table, draw_benchmark
-from mnist_accel.cli import CommandLine, UserError, run_script
+from mnist_accel.cli import CommandLine, UserError, counted, run_script
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     if figure and DRAWN & {row["part"] for row in results["measurements"]}:
         write_picture(draw_benchmark(results), figure)
     if results["failures"]:
-        raise UserError(f"{len(results['failures'])} processes failed: {'; '.join(results['failures'])}")
+        raise UserError(f"{counted(len(results['failures']), 'process')} failed: {'; '.join(results['failures'])}")
     return 0
 
 

@@ -78,6 +78,14 @@ def test_times_to_the_target_are_compared_by_their_means() -> None:
     assert ratio["value"] == pytest.approx(60 / 3)
 
 
+def test_the_figure_says_which_trainings_missed_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    monkeypatch.setattr("mnist_accel.figures.pixels_of", lambda figure: names.extend(figure.axes[0].get_yticklabels()))
+    machine = {"processor": "a processor", "threads": 1, "device": "cpu", "torch": "2"}
+    draw_benchmark({"measurements": accuracies(0.987, 0.991), "machine": machine})
+    assert [name.get_text() for name in names] == ["recipe fast, missed: 98.70%", "PyTorch's example"]
+
+
 @pytest.mark.parametrize("pair", [(0.989, 0.991), (0.991, 0.989)])
 def test_times_are_not_compared_where_one_missed_the_target(pair: tuple[float, float]) -> None:
     assert compute_ratios(accuracies(*pair), {}) == []
@@ -126,6 +134,15 @@ def test_a_process_that_fails_costs_no_other_its_place_in_the_table(
     assert values == {"import torch, accelerate": [2.0, 2.0], "train.py --max-steps 1": [2.0, 2.0]}
     assert results["failures"] == ["startup: train.py --help: train.py --help failed with status 3"] * 2
     assert results["failures"][0] in capsys.readouterr().out
+
+
+def test_writing_the_images_to_predict_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "run_process", lambda words, time_limit: ('{"operations_per_image": 1}', 2.0))
+    results = Benchmark(scripts=Path("scripts"), parts=["prediction"], rounds=2).run()
+    assert {row["name"]: row["values"] for row in results["measurements"]} == {
+        "predict_dir.py": [2.0, 2.0],
+        "one by one": [2.0, 2.0],
+    }
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_no_bar_is_drawn_where_the_output_is_no_terminal(starts):
 
 
 def threads(output: str) -> int:
-    found = re.search(r"Device: cpu \((\d+) threads\)", output)
+    found = re.search(r"Device: cpu \((\d+) threads?\)", output)
     assert found, output
     return int(found[1])
 

@@ -163,7 +163,7 @@ def test_the_weights_are_described_and_load(plain):
 
 def test_the_first_lines_name_the_device_the_images_and_the_network(plain):
     device, data, model, folder = plain["lines"][:4]
-    assert device.startswith("Device: cpu (1 threads), 1 process, mixed precision no") or "cuda" in device
+    assert device.startswith("Device: cpu (1 thread), 1 process, mixed precision no") or "cuda" in device
     assert "150 training images" in data and "53 test images" in data
     assert "mnist_net, 421,642 parameters" in model and model.endswith("global batch 16 = 16 images")
     assert str(plain["run"]) in folder
