@@ -21,8 +21,8 @@ WAYS_ON = {
 
 
 def reason(error: Exception) -> str:
-    """The kind of an error and the first two lines of its message, in one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The kind of an error and the first two lines of its message, in one; links to general help aside."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("For more info")]
     return ": ".join([type(error).__name__, *lines[:2]])
 
 

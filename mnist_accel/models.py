@@ -276,6 +276,11 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
         model.no_digit_level = -math.inf if level is None else float(level)
         model.dataset, model.inverted = config.get("dataset"), bool(config.get("inverted"))
         model.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        names = [*model.class_names, *filter(None, [model.dataset])]
+        if not (0 < model.temperature < math.inf and all(isinstance(name, str) for name in names)):
+            raise ValueError("a temperature is a number above 0, the classes and the data set have names")
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("weights that are no finite numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{CONFIG_NAME} and {WEIGHTS_NAME} in {folder} are no network of this project ({reason(error)}): give "

@@ -111,6 +111,11 @@ def test_a_gated_model_is_told_with_the_way_in(hub):
     refused("test/digits", "test/digits", "gated", "accept its terms", "hf auth login")
 
 
+def test_the_hub_s_own_words_are_told_rather_than_a_link_to_general_help(hub):
+    hub.fault = lambda path: "401"
+    refused("test/digits", "401 Unauthorized", "fault")
+
+
 @pytest.mark.parametrize("how", ["closed", "503", "hang"])
 def test_a_hub_out_of_reach_is_told_soon_and_quietly(hub, pauses, capfd, how):
     bring_down(hub, how)

@@ -213,6 +213,24 @@ def test_a_description_that_is_none_is_refused(folder, text):
     refused(folder, "config.json")
 
 
+@pytest.mark.parametrize(
+    "facts", [{"temperature": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"temperature": float("inf")},
+              {"class_names": list(range(10))}, {"dataset": 5}],
+)  # fmt: skip
+def test_a_description_with_values_that_no_training_writes_is_refused(folder, facts):
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | facts))
+    refused(folder, "config.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_finite_numbers_are_refused(folder, value):
+    weights = load_file(folder / "model.safetensors")
+    weights["linear2.bias"][3] = value
+    save_file(weights, folder / "model.safetensors")
+    refused(folder, "model.safetensors", "finite")
+
+
 def test_a_description_of_an_unknown_network_is_refused(folder):
     (folder / "config.json").write_text('{"model": "resnet152", "class_names": ["0", "1"]}')
     refused(folder, "resnet152", "mnist_net")
