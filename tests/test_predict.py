@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from drawn_digits import draw, paint
+from drawn_digits import draw, paint, write_photos
 from PIL import Image
 from pyarrow import parquet
 
@@ -306,6 +306,13 @@ def test_the_sheet_shows_the_images_and_is_not_predicted_itself(folder, model, t
     with Image.open(folder / "sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 50, "it shows more than paper and text"
+
+
+def test_the_photos_of_the_readme_s_sheet_are_made_from_the_embedded_digits_and_mostly_read(tmp_path):
+    write_photos(tmp_path / "images", of_each=1)
+    answers = run(tmp_path / "images", SHIPPED, tmp_path / "out.csv")
+    assert [row["path"] for row in answers] == [f"{digit}_0.jpg" for digit in range(10)]
+    assert sum(row["prediction"] == row["path"][0] for row in answers) >= 8
 
 
 def test_the_sheet_shows_file_names_of_any_kind_below_their_images(tmp_path):
