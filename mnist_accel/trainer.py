@@ -56,6 +56,8 @@ class Trainer:
             with together():
                 if self.accelerator.is_local_main_process == first_turn:
                     self.data = load_data(config.dataset)
+        found = {"dataset": self.data.fingerprint, "mixed_precision": self.accelerator.mixed_precision}
+        require_alike(config.options() | found)
         train_split, self.eval_split, self.eval_name = self.data.train, self.data.test, "test"
         if config.validation_size:
             train_split, self.eval_split = hold_out(self.data.train, config.validation_size, config.seed)
@@ -270,8 +272,6 @@ class Trainer:
 
     def _open_folder(self) -> dict[str, Any] | None:
         """Rank 0 reads the checkpoint, if any, and tells the others, which may not share its disk."""
-        precision = {"mixed_precision": self.accelerator.mixed_precision}
-        require_alike(self.config.options() | {"dataset": self.data.fingerprint} | precision)
         checkpoint = None
         with together():
             if self.is_main:

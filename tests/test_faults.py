@@ -119,14 +119,16 @@ def test_weights_that_are_not_finite_are_no_checkpoint(small_dataset, tmp_path):
     assert not list(tmp_path.glob("run/checkpoints/step_*"))
 
 
-def _other_seed() -> None:
-    sys.argv += ["--seed", "5"]
+def _other_options(*options: str) -> None:
+    sys.argv += options
 
 
-def test_processes_that_were_started_with_different_options_are_refused(small_dataset, tmp_path):
-    statuses, output = run(small_dataset, tmp_path, processes=2, fault=_other_seed, faulty_rank=1)
+@pytest.mark.parametrize("options", [["--seed", "5"], ["--model", "compact_net"], ["--auto-batch-size"]])
+def test_processes_that_were_started_with_different_options_are_refused(small_dataset, tmp_path, options):
+    fault = partial(_other_options, *options)
+    statuses, output = run(small_dataset, tmp_path, processes=2, fault=fault, faulty_rank=1)
     assert statuses == [2, 2]
-    assert_one_error_line(output, "different --seed", "on every machine")
+    assert_one_error_line(output, f"different {options[0]}:", "on every machine")
 
 
 def _other_precision() -> None:
