@@ -103,10 +103,11 @@ def _decode(value: dict[str, Any] | None, where: str) -> np.ndarray:
 
     if not value or not (value["bytes"] or value["path"]):
         raise UserError(f"{where} is empty: remove this row from the data set")
+    # For an image file of a folder, the path says which; inside parquet it is only a name, if anything.
+    where = f"{where} ({value['path'] or 'unnamed'})"
     try:
         image = Image.open(io.BytesIO(value["bytes"]) if value["bytes"] else value["path"])
         image.load()
     except Exception as error:  # Pillow's decoders raise whatever comes on damaged bytes
-        # For an image file of a folder, the path says which; inside parquet it is only a name, if anything.
-        raise UserError(f"{where} ({value['path'] or 'unnamed'}) is damaged or not an image: remove it") from error
+        raise UserError(f"{where} is damaged or not an image: remove it") from error
     return scale_image(image, where)

@@ -260,6 +260,14 @@ def test_own_images_that_lie_elsewhere_than_in_folders_of_classes_are_told_where
             load_data(str(tmp_path / name))
 
 
+def test_an_own_image_that_cannot_be_used_is_named_by_its_path(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_classes(tmp_path / split, 2)
+    Image.new("L", (28, 20)).save(tmp_path / "train" / "1" / "1.png")
+    with pytest.raises(UserError, match=r"train/1/1\.png\) is 28x20: crop or pad it to a square"):
+        load_data(str(tmp_path))
+
+
 def test_a_folder_may_have_a_name_like_a_pattern(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_classes(tmp_path / "mine [1]*?" / split, 2)
