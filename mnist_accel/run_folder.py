@@ -143,7 +143,8 @@ class RunFolder:
             candidates = complete_checkpoints(resumed / "checkpoints") or [resumed]
         checkpoint = _newest_readable(candidates)
         earlier, what = checkpoint or {}, "the checkpoint"
-        elsewhere = checkpoint is not None and not candidates[0].resolve().is_relative_to(self.path.resolve())
+        elsewhere = checkpoint is not None and config.resume != "auto"
+        elsewhere = elsewhere and not candidates[0].resolve().is_relative_to(self.path.resolve())
         if (checkpoint is None or elsewhere) and any((self.path / name).exists() for name in OWN_NAMES):
             begun = self._started_with()
             # `--resume PATH` given again goes on with what it began, as `--resume auto` does.

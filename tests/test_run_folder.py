@@ -72,6 +72,18 @@ def test_a_link_to_a_checkpoint_stands_for_its_run_and_a_copy_needs_a_folder(tmp
     assert choose_folder(TrainConfig(resume=str(tmp_path / "copy"), output_dir="other")) == Path("other")
 
 
+def test_resume_auto_goes_on_where_the_checkpoints_lie_on_another_disk(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    (folder.path / "final").mkdir(parents=True)  # an ended run, which more epochs prolong
+    (tmp_path / "disk").mkdir()
+    folder.checkpoints.symlink_to(tmp_path / "disk")
+    content = {name: {} for name in CONTENT} | {"fingerprint": "the same", "state": {"step": 10}}
+    write_checkpoint(folder.checkpoints, 10, content, keep=1)
+    config = TrainConfig(resume="auto", output_dir=str(folder.path))
+    assert folder.open(config, "the same", 100)["state"] == {"step": 10}
+    folder.release()
+
+
 LOCKS = """
 import sys
 from pathlib import Path
