@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_accel import metrics
-from mnist_accel.cli import UserError
+from mnist_accel.cli import SharedError, UserError
 from mnist_accel.config import TrainConfig
 from mnist_accel.data import ImageData, Split, load_data
 from mnist_accel.distributed import use_all_cores
@@ -119,7 +119,7 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
     returns the logits, float32 (N, C) on the CPU.
 
     Raises:
-        UserError: on all ranks, when a logit is not finite: training has diverged.
+        SharedError: when a logit is not finite: training has diverged.
     """
     ranks, rank, total = accelerator.num_processes, accelerator.process_index, len(split.labels)
     own = slice(total * rank // ranks, total * (rank + 1) // ranks)
@@ -128,7 +128,7 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
         logits[own] = predict_logits(model, split.images[own], accelerator.device)
     logits = accelerator.reduce(logits, reduction="sum").cpu()  # the rows of other ranks are zero
     if not torch.isfinite(logits).all():
-        raise UserError(
+        raise SharedError(
             "the network's answers are not finite numbers: the last steps have diverged; lower --learning-rate or set "
             "--max-grad-norm 1"
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mnist_accel.augment import Augmentation, distort, draw
-from mnist_accel.cli import UserError
+from mnist_accel.cli import SharedError
 from mnist_accel.data import Split
 from mnist_accel.seeding import generator
 
@@ -60,7 +60,7 @@ class ResidentLoader:
         dropout, features: which part of so many numbers an image is dropped before a network's last layer.
 
     Raises:
-        UserError: `batch_size` does not divide evenly.
+        SharedError: `batch_size` does not divide evenly.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ResidentLoader:
         features: int = 0,
     ) -> None:
         if batch_size % (num_processes * micro_batches):
-            raise UserError(
+            raise SharedError(
                 f"--batch-size {batch_size} is the global batch and does not divide over {num_processes} processes x "
                 f"{micro_batches} accumulation steps: choose a multiple of {num_processes * micro_batches}"
             )
@@ -130,10 +130,10 @@ def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     """Part a split in two: what stays for training, and `size` images held out, the classes in proportion.
 
     Raises:
-        UserError: `size` leaves nothing to train on.
+        SharedError: `size` leaves nothing to train on.
     """
     if size >= len(split.labels):
-        raise UserError(
+        raise SharedError(
             f"--validation-size {size} leaves none of the {len(split.labels)} training images: choose fewer"
         )
     shuffled = torch.randperm(len(split.labels), generator=generator(seed, "hold out"))

@@ -9,7 +9,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnist_accel.cli import UserError
+from mnist_accel.cli import SharedError
 
 
 def halvings_to_fit(
@@ -26,7 +26,7 @@ def halvings_to_fit(
         images, labels, mask: the whole micro-batch of a step, as in `StepBatch`.
 
     Raises:
-        UserError: the micro-batch does not fit and cannot be halved further.
+        SharedError: the micro-batch does not fit and cannot be halved further.
     """
     halvings = 0
     while True:
@@ -35,7 +35,7 @@ def halvings_to_fit(
         if not any(gather_object([failed])):
             return halvings
         if size % 2:
-            raise UserError(
+            raise SharedError(
                 f"out of memory with micro-batches of {size}, which cannot be halved: choose a smaller --batch-size"
             )
         halvings += 1

@@ -56,8 +56,8 @@ class Trainer:
             with together():
                 if self.accelerator.is_local_main_process == first_turn:
                     self.data = load_data(config.dataset)
-        found = {"dataset": self.data.fingerprint, "mixed_precision": self.accelerator.mixed_precision}
-        require_alike(config.options() | found)
+        own = {name: getattr(self.accelerator, name) for name in ("mixed_precision", "gradient_accumulation_steps")}
+        require_alike(config.options() | own | {"dataset": self.data.fingerprint})
         train_split, self.eval_split, self.eval_name = self.data.train, self.data.test, "test"
         if config.validation_size:
             train_split, self.eval_split = hold_out(self.data.train, config.validation_size, config.seed)

@@ -131,14 +131,16 @@ def test_processes_that_were_started_with_different_options_are_refused(small_da
     assert_one_error_line(output, f"different {options[0]}:", "on every machine")
 
 
-def _other_precision() -> None:
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+def _other_launch(name: str, value: str) -> None:
+    os.environ[name] = value
 
 
-def test_processes_of_different_precision_are_refused(small_dataset, tmp_path):
-    statuses, output = run(small_dataset, tmp_path, processes=2, fault=_other_precision, faulty_rank=1)
+@pytest.mark.parametrize(("name", "value"), [("MIXED_PRECISION", "bf16"), ("GRADIENT_ACCUMULATION_STEPS", "2")])
+def test_processes_that_were_launched_differently_are_refused(small_dataset, tmp_path, name, value):
+    fault = partial(_other_launch, f"ACCELERATE_{name}", value)
+    statuses, output = run(small_dataset, tmp_path, processes=2, fault=fault, faulty_rank=1)
     assert statuses == [2, 2]
-    assert_one_error_line(output, "different --mixed-precision")
+    assert_one_error_line(output, f"different --{name.lower().replace('_', '-')}:")
 
 
 def _no_memory_for(images: int) -> None:
@@ -213,6 +215,23 @@ def test_weights_that_the_last_step_made_useless_are_an_error(small_dataset, tmp
     )
     assert statuses == [2] * processes, output
     assert_one_error_line(output, "not finite", "--learning-rate")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--batch-size", "15"],
+        ["--validation-size", "150"],
+        ["--batch-size", "2", "--auto-batch-size"],
+        ["--max-steps", "1", "--optimizer", "sgd", "--learning-rate", "1e30"],
+    ],
+)
+def test_what_fails_on_two_machines_alike_is_told_by_the_first(small_dataset, tmp_path, options):
+    fault = partial(_no_memory_for, 0) if "--auto-batch-size" in options else None
+    machines = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    statuses, output = run(small_dataset, tmp_path, *options, processes=2, fault=fault, environment=machines)
+    assert statuses == [2, 2]
+    assert_one_error_line(output)
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(small_dataset, tmp_path):
