@@ -299,6 +299,21 @@ def test_sigterm_to_the_launcher_of_two_processes_saves_and_ends_all(tmp_path):
     assert (run / "checkpoints" / f"step_{int(stopped[1]):08d}" / "training_state.pt").is_file()
 
 
+def test_torchrun_restarts_what_fails(tmp_path):
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--max_restarts", "1"]
+    options = ["--dataset", "digits", "--output-dir", str(tmp_path / "run"), "--resume", "auto", "--report-to", "none"]
+    script = train_command(*options, "--checkpoint-every", "5", "--log-every", "5", "--max-steps", "200")
+    variables = {"ACCELERATE_USE_CPU": "true", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the README says
+    job = Launch([*TORCHRUN, *meeting, "--nproc_per_node", "2", *script], surroundings(tmp_path, **variables))
+    try:
+        job.wait_for("Step: 10")
+        next(each for each in job.family() if each.environ().get("RANK") == "1").kill()
+        assert job.wait() == 0, job.output
+    finally:
+        job.kill()
+    assert "resumed after step" in job.output and "200 steps" in job.output, job.output
+
+
 def test_a_bar_with_speed_is_drawn_on_a_terminal(starts):
     output = starts["python"][1]
     assert re.search(r"\rEpoch 1/10: +\d+%\|.*\| \d+/1442 \[.* images/s", output), output
