@@ -118,9 +118,8 @@ def test_a_second_start_imports_neither_datasets_nor_pillow_and_asks_the_hub_not
 
 
 def test_of_two_ranks_one_asks_the_hub_and_both_take_its_answer(hub: StandInHub, home: Path, tmp_path: Path) -> None:
-    statuses, (first, second) = _two_ranks("test/shared", hub, home, tmp_path)
-    assert (statuses, second) == ([0, 0], "") and "Fetching" in first
-    assert len(downloads(hub)) == 2
+    assert _two_ranks("test/shared", hub, home, tmp_path) == ([0, 0], ["", ""])
+    assert len(downloads(hub)) == 2  # the files of one rank
 
     hub.fault = lambda path: "503"
     statuses, errors = _two_ranks("test/out-of-reach-for-two", hub, home, tmp_path)
