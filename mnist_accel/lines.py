@@ -62,8 +62,7 @@ def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
 
 def _crossing_lines(mask: Mask, strength: Grey) -> Mask:
     """Straight lines that run through the whole image, and are no strokes of the digit."""
-    lines = _level_lines(mask, 0.98 * mask.shape[1], 0.25)
-    lines += [line.T for line in _level_lines(mask.T.copy(), 0.98 * mask.shape[0], 0.25)]
+    lines = _ruled_lines(mask) + [line.T for line in _ruled_lines(mask.T.copy())]
     result = np.zeros_like(mask)
     if not lines:
         return result
@@ -127,16 +126,42 @@ def _touched_lines(mask: Mask) -> Mask:
     return result
 
 
-def _level_lines(mask: Mask, shortest: float, thickest: float) -> list[Mask]:
-    """The pixels of each line about level that is at least so many pixels long and this share of the mask thick."""
+def _ruled_lines(mask: Mask) -> list[Mask]:
+    """The pixels of each line that crosses the whole mask from left to right: about level, or aslant with others."""
+    height, width = mask.shape
+    level = _level_lines(mask, 0.98 * width, 0.25)
+    # Along the lines of a page that was held aslant, the ink's sums are the most unequal.
+    y, x = np.nonzero(mask[:, ::4])
+    sums = {slope: np.bincount((y + 4 * slope * x + width).astype(int)) for slope in np.linspace(-0.4, 0.4, 21)}
+    slope = max(sums, key=lambda slope: int(sums[slope] @ sums[slope]))
+    # The mask is slid, column by column, until these lines are level.
+    column = np.arange(width)
+    shift = np.rint(slope * column).astype(int)
+    row = np.arange(height)[:, None] + shift - shift.min()
+    slid = np.zeros((row.max() + 1, width), np.uint8)
+    slid[row, column] = 1
+    room = slid.sum(1)  # how long a line at each height can be
+    slid[row, column] = mask
+    aslant = [line[row, column] for line in _level_lines(slid, 0.98 * room, 0.25)]
+    # A single one can be a stroke of the digit.
+    return aslant if len(aslant) > max(1, len(level)) else level
+
+
+def _level_lines(mask: Mask, shortest: float | np.ndarray, thickest: float) -> list[Mask]:
+    """The pixels of each line about level that is at least so many pixels long and this share of the mask thick.
+
+    The length can be given for each height in the mask.
+    """
     height, width = mask.shape
     # A slanting line is a staircase of runs; thickened a little, runs of a quarter of the width hold together.
     thick = cv2.dilate(mask, np.ones((round(0.02 * height) | 1, 1), np.uint8))
     runs = Parts(cv2.morphologyEx(thick, cv2.MORPH_OPEN, np.ones((1, max(3, width // 4)), np.uint8)) & mask)
     lines = []
+    lengths = np.broadcast_to(shortest, height)
     for run in range(1, runs.count):
         (wide, high), area = runs.size[run], runs.area[run]
-        if wide >= shortest and high <= 0.25 * height and area <= thickest * height * wide:
+        least = lengths[runs.start[run, 1] + high // 2]
+        if wide >= least and high <= 0.25 * height and area <= thickest * height * wide:
             # Strokes that cross the line are taller than it is thick: they stay whole.
             line = runs.mask(run)
             thickness = line.sum(0)[line.any(0)]

@@ -77,6 +77,14 @@ def ruled(pixels: np.ndarray) -> np.ndarray:
     return lines
 
 
+def ruled_aslant(ink: np.ndarray, slope: float) -> np.ndarray:
+    """Lines as dark as the ink, which fall by this share of their length, cross the whole image and the digit."""
+    page, width = ink.copy(), ink.shape[1]
+    for y in range(-100, len(ink) + 100, 33):
+        cv2.line(page, (0, round(y - slope * width / 2)), (width, round(y + slope * width / 2)), 1.0, 2, cv2.LINE_AA)
+    return page
+
+
 def sharp_shadow(pixels: np.ndarray, degrees: float) -> np.ndarray:
     """Beyond a slanting line through the middle, two fifths of the light are left."""
     y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]] - len(pixels) / 2
@@ -374,6 +382,8 @@ VARIANTS = {
     "a strip of tape": lambda d: lamp(on_a_page(paint(draw(d, 150, 420), (20, 20, 20), (160, 175, 230)), 150)),
     "a table's line at the top": lambda d: paint(level_line(draw(d), 0.04, 0.03, 1.0)),
     "ruled paper": lambda d: paint(level_line(draw(d), 0.42, 0.015, 0.5)),
+    "ruled paper held aslant": lambda d: noise(lamp(paint(ruled_aslant(draw(d, 224, 224), 0.2))), 3),
+    "ruled paper held aslant to the other side": lambda d: paint(ruled_aslant(draw(d, 224, 224), -0.3)),
     "a neighbour cut at the edge": lambda d: paint(with_neighbour(draw(d))),
     "specks": lambda d: paint(with_specks(draw(d))),
     "a sheet on a desk": lambda d: on_a_desk(paint(draw(d), (170, 40, 40)), 7, 0.5),
