@@ -182,7 +182,8 @@ def tell_other_machines(error: UserError) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    with suppress(ValueError, RuntimeError):  # what is known is told already; and perhaps the others never began
+    # What is known is told already; and perhaps the others never began.
+    with suppress(ValueError, RuntimeError, KeyboardInterrupt):
         Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=60))])
         with together():
             raise error
