@@ -221,7 +221,7 @@ def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, An
     Times to the target are means, and compared only if the mean accuracies reached it.
     """
     median = {(row["part"], row["name"], row["unit"]): row["median"] for row in measurements}
-    mean = {(row["name"], row["unit"]): statistics.fmean(row["values"]) for row in measurements}
+    mean = _means(measurements)
     pairs: dict[str, tuple[float | None, float | None]] = {}
     for precision in PRECISIONS:
         speeds = {name: value for (part, name, _), value in median.items() if part == "training" and precision in name}
@@ -246,6 +246,11 @@ def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, An
         unit = UNITS[part][0]
         pairs[name] = median.get((part, above, unit)), median.get((part, below, unit))
     return [{"name": name, "value": above / below} for name, (above, below) in pairs.items() if above and below]
+
+
+def _means(measurements: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """By the name and the unit."""
+    return {(row["name"], row["unit"]): statistics.fmean(row["values"]) for row in measurements}
 
 
 def as_table(results: dict[str, Any]) -> str:
@@ -283,10 +288,8 @@ def draw_benchmark(results: dict[str, Any]) -> "np.ndarray":
     from mnist_accel.figures import BLUE, GREY, VERMILION, pixels_of, styled_figure
 
     colour = {"this project": BLUE, "recipe fast": BLUE, "raw PyTorch": GREY}
-    missed = {}
-    for row in results["measurements"]:
-        if row["unit"] == ACCURACY and (mean := statistics.fmean(row["values"])) < TARGET:
-            missed[row["name"]] = f"{row['name']}, missed: {mean:.2%}"
+    means = _means(results["measurements"]).items()
+    missed = {name: f"{name}, missed: {mean:.2%}" for (name, unit), mean in means if unit == ACCURACY and mean < TARGET}
     panels = []
     for title, part, unit, ending in (
         *((f"Training, {name}: images a second", "training", SPEED, f", {name}") for name in PRECISIONS),

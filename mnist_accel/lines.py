@@ -134,9 +134,11 @@ def _ruled_lines(mask: Mask) -> list[Mask]:
     y, x = np.nonzero(mask[:, ::4])
     sums = {slope: np.bincount((y + 4 * slope * x + width).astype(int)) for slope in np.linspace(-0.4, 0.4, 21)}
     slope = max(sums, key=lambda slope: int(sums[slope] @ sums[slope]))
-    # The mask is slid, column by column, until these lines are level.
     column = np.arange(width)
     shift = np.rint(slope * column).astype(int)
+    if not shift.any():
+        return level
+    # The mask is slid, column by column, until these lines are level.
     row = np.arange(height)[:, None] + shift - shift.min()
     slid = np.zeros((row.max() + 1, width), np.uint8)
     slid[row, column] = 1

@@ -133,7 +133,7 @@ class RunFolder:
             self._locked = None
 
     def _begin(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
-        candidates = []
+        candidates, elsewhere = [], False
         if config.resume == "auto":
             if not config.output_dir:
                 print("warning: --resume auto finds nothing without --output-dir: a run of its own begins", flush=True)
@@ -141,10 +141,9 @@ class RunFolder:
         elif config.resume is not None:
             resumed = Path(os.path.expanduser(config.resume))
             candidates = complete_checkpoints(resumed / "checkpoints") or [resumed]
+            elsewhere = not candidates[0].resolve().is_relative_to(self.path.resolve())
         checkpoint = _newest_readable(candidates)
         earlier, what = checkpoint or {}, "the checkpoint"
-        elsewhere = checkpoint is not None and config.resume != "auto"
-        elsewhere = elsewhere and not candidates[0].resolve().is_relative_to(self.path.resolve())
         if (checkpoint is None or elsewhere) and any((self.path / name).exists() for name in OWN_NAMES):
             begun = self._started_with()
             # `--resume PATH` given again goes on with what it began, as `--resume auto` does.

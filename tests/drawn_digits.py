@@ -9,7 +9,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-EMBEDDED = Path(__file__).parent.parent / "mnist_accel" / "assets" / "digits.npz"
+from mnist_accel.data import EMBEDDED
+
 INKS_AND_PAPERS = [
     *(((40, 40, 40), (236, 233, 226)), ((30, 45, 130), (240, 240, 238)), ((160, 40, 40), (225, 214, 190))),
     *(((235, 235, 225), (38, 72, 56)), ((225, 225, 230), (60, 60, 70))),

@@ -399,8 +399,8 @@ def test_the_script_ends_with_the_promised_status(folder, model, tmp_path):
     assert "images read" in strict.stderr and not (tmp_path / "predictions.csv").exists()
 
 
-def test_strict_counts_a_folder_that_cannot_be_read(folder, model, tmp_path, monkeypatch):
-    (folder / "broken.png").unlink()
+def forbid_deep(monkeypatch):
+    """From now on no folder whose name ends in `deep` may be read, not even by root."""
     scan = os.scandir
 
     def forbidden(path):
@@ -408,8 +408,13 @@ def test_strict_counts_a_folder_that_cannot_be_read(folder, model, tmp_path, mon
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
-    assert predict_folder(folder, model=str(model), output=str(tmp_path / "out.csv")) == 0
     monkeypatch.setattr(os, "scandir", forbidden)
+
+
+def test_strict_counts_a_folder_that_cannot_be_read(folder, model, tmp_path, monkeypatch):
+    (folder / "broken.png").unlink()
+    assert predict_folder(folder, model=str(model), output=str(tmp_path / "out.csv")) == 0
+    forbid_deep(monkeypatch)
     assert predict_folder(folder, model=str(model), output=str(tmp_path / "out.csv")) == 1
 
 
@@ -446,14 +451,7 @@ def test_pipes_loops_and_hidden_files_are_left_out(folder):
 
 
 def test_an_unreadable_folder_is_named_and_passed_over(folder, monkeypatch, capsys):
-    scan = os.scandir
-
-    def forbidden(path):
-        if path.endswith(b"deep"):
-            raise PermissionError(13, "Permission denied", path)
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", forbidden)
+    forbid_deep(monkeypatch)
     found, skipped = find_images(folder)
     assert len(found) == len(PATHS) - 1 and skipped == 1
     assert "b/deep/: Permission denied" in capsys.readouterr().err
