@@ -10,6 +10,7 @@ same result from a 16-pixel scan and from a 12-megapixel photo. Imports no torch
 
 import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,10 +18,12 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mnist_accel.channels import colour, one_channel, over_paper, without_margin
 from mnist_accel.image_files import THUMBNAIL, Seen, readable
-from mnist_accel.ink import find_digit, find_light_sheet, find_sheet, upright
-from mnist_accel.paper import even_light
-from mnist_accel.parts import CORNERS, Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
+from mnist_accel.ink import find_digit, find_light_sheet, find_sheet, other_readings, upright
+from mnist_accel.paper import even_light, is_two_toned
+from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
+from mnist_accel.second_look import clearest
 
 SIDE, BOX = 28, 20
 with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed
@@ -129,7 +132,7 @@ def decoded(image: Image.Image) -> np.ndarray:
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:
     """The image for a contact sheet, (h, w, 3) uint8 RGB, transparency laid over paper."""
-    values = _over_paper(pixels)
+    values = over_paper(pixels)
     shrinks = max(values.shape[:2]) > THUMBNAIL
     small = fitted(values, THUMBNAIL, how=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST)
     return _as_bytes(cv2.cvtColor(small, cv2.COLOR_GRAY2RGB) if small.ndim == 2 else small)
@@ -137,7 +140,7 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 def resized(pixels: np.ndarray) -> np.ndarray:
     """(28, 28) uint8: the whole image, made grey and squeezed to the network's size, and nothing else."""
-    values = _over_paper(pixels)
+    values = over_paper(pixels)
     grey = values[..., 0] if values.shape[2] == 1 else cv2.cvtColor(values, cv2.COLOR_RGB2GRAY)
     enlarged = min(grey.shape) < SIDE  # as training data is
     return _as_bytes(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC if enlarged else cv2.INTER_AREA))
@@ -147,12 +150,13 @@ def _as_bytes(values: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
-def to_mnist(pixels: np.ndarray) -> np.ndarray:
+def to_mnist(pixels: np.ndarray, second_look: bool = True) -> np.ndarray:
     """A digit's image as MNIST's makers would have made it.
 
     Args:
         pixels: uint8 or uint16, (H, W) grey, (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGB and alpha; one digit in ink of
             any colour on paper of any other, light or dark.
+        second_look: whether a photo in which the rules find no digit is read in other ways too (`second_look.py`).
 
     Returns:
         (28, 28) uint8, white ink on black. An image that already follows MNIST's rule comes back bit for bit (its
@@ -168,8 +172,31 @@ def to_mnist(pixels: np.ndarray) -> np.ndarray:
     made_so = _already_mnist(pixels)
     if made_so is not None:
         return made_so
-    strength = _find(_without_margin(_over_paper(reduced(pixels, READ_SIDE))))
-    return np.zeros((SIDE, SIDE), np.uint8) if strength is None else _set_in_box(strength)
+    values = without_margin(over_paper(reduced(pixels, READ_SIDE)))
+    strength = _find(values)
+    if strength is None:
+        return np.zeros((SIDE, SIDE), np.uint8)
+    first = _set_in_box(strength)
+    return clearest(first, _other_readings(values)) if second_look and not _is_tiny(values) else first
+
+
+def _other_readings(values: np.ndarray) -> Iterator[np.ndarray]:
+    """What else an image may show than what `_find` sees in it, (28, 28) uint8 each, for `clearest` to choose from."""
+    grey = one_channel(values)
+    if is_two_toned(grey):
+        return  # no shadow falls on a drawing
+    coloured = _find_at_working_size(colour(values))
+    if coloured is not None:
+        yield _set_in_box(coloured)
+    yield from map(_set_in_box, other_readings(_at_working_size(grey)))
+
+
+def _is_tiny(values: np.ndarray) -> bool:
+    """Whether there is no room for anything beside the digit, as in the size-normalised crops of archives.
+
+    (USPS, Semeion, optdigits.)
+    """
+    return min(values.shape[:2]) <= 40
 
 
 def _already_mnist(pixels: np.ndarray) -> np.ndarray | None:
@@ -207,78 +234,13 @@ def _centre(sums: np.ndarray) -> float:
     return float(sums @ (np.arange(len(sums)) + 0.5)) / float(sums.sum())
 
 
-def _over_paper(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 1 or 3) float32 in 0..1, transparency laid over paper that the ink stands out from."""
-    height, width = pixels.shape[:2]
-    values = pixels.reshape(height, width, -1).astype(np.float32) / np.iinfo(pixels.dtype).max
-    colour, alpha = values[..., :3], values[..., 3:]
-    if not alpha.size or alpha.min() >= 0.999:
-        return colour
-    strongest = float(alpha.max())  # a translucent brush's ink is nowhere opaque
-    if strongest < 0.02:
-        return np.zeros_like(colour[..., :1])
-    visible = colour[alpha[..., 0] > 0.5 * strongest]
-    if visible.mean(1).std() > 0.15:
-        # Paper and ink are both there and something around them is cut away: the paper goes on.
-        paper = np.median(visible, axis=0)
-    else:
-        paper = np.full(3, 0.0 if visible.mean() > 0.5 else 1.0, np.float32)
-    return (colour * alpha + paper * (1 - alpha)).astype(np.float32)
-
-
-def _without_margin(values: np.ndarray) -> np.ndarray:
-    """The picture alone where (H, W, C) is one on a page of a single colour, as in a document or with a white rim."""
-    corners = values[CORNERS]
-    margin = np.median(corners, axis=0)
-    if np.abs(corners - margin).max() > 0.03:
-        return values
-    bands = zip(cv2.split(values), margin, strict=True)  # by channel: numpy is slow along an axis of three
-    difference = np.maximum.reduce([np.abs(band - level) for band, level in bands])
-    off = (difference > 0.03).astype(np.uint8)
-    if not off.any():
-        return values
-    # The largest part: a page has text beside its picture, and a phone's screen has the clock.
-    parts = Parts(off)
-    rows, columns = box_of(parts.mask(parts.largest()))
-    inner = off[rows, columns]
-    # A drawing on a blank page differs from it only where its strokes are, a photo of paper almost everywhere.
-    if min(inner.shape) < max(40, 0.4 * max(inner.shape)) or inner.size == off.size or inner.mean() < 0.9:
-        return values
-    # Uneven light has no level of its own around what it falls on.
-    if np.median(difference[off == 0]) > 0.01:
-        return values
-    depth = round(0.02 * min(inner.shape)) + 1  # the rim of a compressed picture is blurred
-    picture = values[rows, columns][depth:-depth, depth:-depth]
-    return picture if picture.std(axis=(0, 1)).max() > 0.03 else values  # a bar is a digit, and no picture
-
-
-def _one_channel(values: np.ndarray) -> Grey:
-    """(H, W) float32 in 0..1: the mix of the colours in which ink and paper differ most.
-
-    That is the first principal component of the image less its blur: of strokes, not of slow changes of light. For grey
-    images it is the grey, for blue ink mostly red, and red ink on a green as bright as it is not lost.
-    """
-    if values.shape[2] == 1:
-        return values[..., 0]
-    small = reduced(values, 128)
-    reach = max(small.shape[:2]) // 4 * 2 + 1
-    strokes = (small - cv2.blur(small, (reach, reach))).reshape(-1, 3)
-    _, vectors = np.linalg.eigh(strokes.T.astype(np.float64) @ strokes)
-    mix = vectors[:, -1] * (1.0 if vectors[:, -1].sum() >= 0 else -1.0)
-    total = np.abs(mix).sum()
-    # Negative weights (a difference of colours) move the range below 0: move it back.
-    return np.clip(values @ (mix / total).astype(np.float32) - np.float32(np.minimum(mix, 0).sum() / total), 0, 1)
-
-
 def _find(values: np.ndarray) -> Grey | None:
     """The digit's ink in (H, W, 1 or 3) float32, looked for at a working size.
 
     A digit small in its image is looked at again, closer, and a sheet of paper on a desk is looked at alone.
     """
-    grey = _one_channel(values)
-    # Below 40 pixels there is no room for a line beside the digit: such images are the size-normalised crops of
-    # archives (USPS, Semeion, optdigits).
-    tiny = min(grey.shape) <= 40
+    grey = one_channel(values)
+    tiny = _is_tiny(values)
     sheet = None if tiny else find_light_sheet(fitted(grey, SHEET_SIDE))
     on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / SHEET_SIDE))
     # A digit that the sheet's edge cuts lies in a patch of light.
@@ -323,11 +285,15 @@ def _find_on_sheet(values: np.ndarray, strength: Grey) -> Grey | None:
 
 
 def _find_at_working_size(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | None:
+    return find_digit(_at_working_size(grey), tight, tiny)
+
+
+def _at_working_size(grey: Grey) -> Grey:
     height, width = grey.shape
     factor = math.ceil(SMALL_SIDE / max(height, width))
     if factor > 1:
         grey = cv2.resize(grey, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
-    return find_digit(reduced(grey, LARGE_SIDE), tight, tiny)
+    return reduced(grey, LARGE_SIDE)
 
 
 def _set_in_box(strength: Grey) -> np.ndarray:

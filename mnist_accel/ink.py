@@ -1,10 +1,21 @@
 """Tell the ink of one digit from paper, shadows, ruled lines, frames, specks and the neighbours' strokes."""
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 
 from mnist_accel.lines import foreign_parts
-from mnist_accel.paper import denoised, find_ink, inked, is_dark_ink, is_two_toned, otsu, otsu_level
+from mnist_accel.paper import (
+    denoised,
+    find_ink,
+    inked,
+    is_dark_ink,
+    is_two_toned,
+    other_strengths,
+    otsu,
+    otsu_level,
+)
 from mnist_accel.parts import (
     Grey,
     Mask,
@@ -65,6 +76,35 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
     digit = _with_islands(_of_one_pen(_digit_parts(mask, strength), strength), mask)
     found = digit.any() and (tiny or not _is_shading(strength, digit))
     return _sharpened(strength, digit) if found else None
+
+
+def other_readings(grey: Grey) -> Iterator[Grey]:
+    """What else the digit's ink could be, as from `find_digit`, in an image where that shows no digit.
+
+    Any of `other_strengths`, dark or light, all of it or what is darkest of it.
+    """
+    smooth = denoised(grey)
+    for dark in (smooth, 1 - smooth):
+        for strength, noise in other_strengths(dark):
+            for darkest in (False, True):
+                digit = _reading(strength, noise, darkest)
+                if digit is not None:
+                    yield digit
+
+
+def _reading(strength: Grey, noise: float, darkest: bool) -> Grey | None:
+    def ink(strength: Grey) -> Mask:
+        mask = inked(strength, noise)
+        return mask & (strength > otsu_level(strength[mask > 0])) if darkest and mask.any() else mask
+
+    mask = ink(strength)
+    if not mask.any():
+        return None
+    foreign = foreign_parts(mask, strength)
+    strength = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
+    mask = ink(strength)
+    digit = _of_one_pen(_digit_parts(mask, strength), strength)
+    return _sharpened(strength, digit) if digit.any() else None
 
 
 def _is_broad(mask: Mask) -> bool:

@@ -114,7 +114,7 @@ def texture(_: Digits, random: np.random.Generator) -> np.ndarray:
             values = values * np.sin(2 * np.pi / period * (y * np.cos(angle) - x * np.sin(angle)))
     values = np.clip(0.5 + random.uniform(0.2, 2) * values / values.std() / 2, 0, 1)
     pixels = (values * random.uniform(100, 255)).astype(np.uint8)
-    found = to_mnist(pixels) if side > SIZE else pixels
+    found = to_mnist(pixels, second_look=False) if side > SIZE else pixels
     return found if found.any() else cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
 

@@ -1,5 +1,7 @@
 """Paper under any light, and how much darker than it each pixel is."""
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 
@@ -64,6 +66,21 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     if shadow.sum() > 0.5 * rest.sum() and np.median(strength[strokes > 0]) >= 1.4 * np.median(strength[shadow > 0]):
         return strokes, narrow * grown(strokes, 5), narrow_noise
     return mask, strength, noise
+
+
+def other_strengths(smooth: Grey) -> Iterator[tuple[Grey, float]]:
+    """Other answers to how much darker than the paper each pixel is, and the noise of that, for ink dark in `smooth`.
+
+    Shadows may have edges as sharp as strokes and be hardly broader: all that is broader than a twentieth or a tenth of
+    the image counts as paper. Or a gleam, or a pen that runs dry, leaves a part of the ink as faint as paper in shadow:
+    ink is measured by the darkest that is near.
+    """
+    for broadest in (0.05, 0.1):
+        yield _ink_strength(smooth, _closed(smooth, broadest))
+    strength, noise = _ink_strength(smooth, _closed(smooth, 0.35))
+    reach = _reach(smooth, 0.2, False)
+    near = cv2.blur(grown(strength, reach), (reach // 2 | 1, reach // 2 | 1))
+    yield np.minimum(strength / np.maximum(near, 0.2 * float(strength.max()) + 6 * noise + 1e-6), 1), 0.0
 
 
 def _holds_a_digit(strokes: Mask, rest: Mask) -> bool:

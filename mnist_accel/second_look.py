@@ -1,0 +1,89 @@
+"""Which of several readings of an image shows a digit: the shipped network's judgement, without torch.
+
+Rules tell ink from paper, but where the shadows of fingers or blinds are as dark as ink and as narrow as strokes, no
+rule knows which is which; whoever knows digits does. So where a reading looks like no digit, others are tried.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from safetensors.numpy import load_file
+
+SHIPPED = Path(__file__).parent / "pretrained"
+# What is no digit gets little more than a tenth.
+DOUBTFUL, CLEAR = 0.3, 0.9
+# A shadow's edge is a stroke, and so is a one: what is to pass for a one has to be seen in that many readings.
+ONE, READINGS_OF_A_ONE = 1, 3
+
+
+def clearest(first: np.ndarray, others: Iterable[np.ndarray]) -> np.ndarray:
+    """The first reading, or where that looks like no digit at all the one of the others that clearly does, if any.
+
+    Readings are (28, 28) uint8, white ink on black. The others are asked for only where they are needed.
+    """
+    if digit_confidences(first[None]).max() >= DOUBTFUL:
+        return first
+    readings = np.array(list(others), np.uint8).reshape(-1, *first.shape)
+    if not len(readings):
+        return first
+    confidences = digit_confidences(readings)
+    if (confidences[:, ONE] > CLEAR).sum() < READINGS_OF_A_ONE:
+        confidences[:, ONE] = 0
+    best = int(confidences.max(1).argmax())
+    return readings[best] if confidences[best].max() > CLEAR else first
+
+
+def digit_confidences(images: np.ndarray) -> np.ndarray:
+    """The shipped network's confidences, float64 (N, 10), for images uint8 (N, 28, 28), white ink on black.
+
+    They are those of `DigitClassifier.probabilities`, up to rounding: images are read where torch is not imported.
+    """
+    weights, temperature, no_digit_level = _shipped_network()
+
+    def convolved(x: np.ndarray, name: str) -> np.ndarray:
+        """`nn.Conv2d` with padding 1; x is (N, H, W, channels), so that a convolution is one matrix product.
+
+        OpenCV's, as NumPy's threads wait for each other for many times as long where other processes are at work.
+        """
+        kernel = weights[f"{name}.weight"]
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        columns = windows.reshape(-1, kernel[0].size)
+        bias = np.repeat(weights[f"{name}.bias"][None], len(columns), axis=0)
+        product = cv2.gemm(columns, kernel.reshape(len(kernel), -1), 1, bias, 1, flags=cv2.GEMM_2_T)
+        return product.reshape(*x.shape[:3], -1)
+
+    def relu(x: np.ndarray) -> np.ndarray:
+        return np.maximum(x, 0)
+
+    def pooled(x: np.ndarray) -> np.ndarray:
+        count, height, width, channels = x.shape
+        return x.reshape(count, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+    # `ResidualNet.forward`
+    x = (images[..., None].astype(np.float32) / 255 - np.float32(0.1307)) / np.float32(0.3081)
+    x = relu(pooled(convolved(x, "conv1")))
+    x = relu(convolved(x, "conv2"))
+    x = relu(pooled(x + convolved(x, "residual2")))
+    x = relu(convolved(x, "conv3"))
+    x = relu(x + convolved(x, "residual3")).mean((1, 2))
+    logits = x @ weights["linear.weight"].T + weights["linear.bias"]
+    # `metrics.confidences`
+    scaled = logits.astype(np.float64) / temperature
+    highest = scaled.max(1, keepdims=True)
+    odds = np.exp(scaled - highest)
+    evidence = highest[:, 0] + np.log(odds.sum(1))
+    no_digit = 1 / (1 + np.exp(-2 * (no_digit_level - evidence)))[:, None]
+    return (1 - no_digit) * odds / odds.sum(1, keepdims=True) + no_digit / logits.shape[1]
+
+
+@cache
+def _shipped_network() -> tuple[dict[str, np.ndarray], float, float]:
+    config = json.loads((SHIPPED / "config.json").read_text())
+    assert config["model"] == "residual_net" and math.isfinite(config["no_digit_level"])
+    return load_file(SHIPPED / "model.safetensors"), config["temperature"], config["no_digit_level"]

@@ -1,0 +1,85 @@
+"""Photos whose shadows look like strokes: read in several ways, of which the shipped network takes the clearest."""
+
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from drawn_digits import STROKES, draw, paint
+
+from mnist_accel.data import load_data
+from mnist_accel.images import to_mnist
+from mnist_accel.models import load_model
+from mnist_accel.second_look import clearest, digit_confidences
+
+
+def photographed(pixels: np.ndarray, light: np.ndarray) -> np.ndarray:
+    light = cv2.GaussianBlur(light.astype(np.float32), (0, 0), 0.015 * pixels.shape[1])
+    noise = np.random.default_rng(0).normal(0, 3, pixels.shape)
+    return np.clip(pixels * light[..., None] + noise, 0, 255).astype(np.uint8)
+
+
+def fingers(pixels: np.ndarray) -> np.ndarray:
+    """Four fingers, hardly broader than a pen, take 70% of the light."""
+    side = pixels.shape[0]
+    light = np.ones((side, side), np.float32)
+    for finger in range(4):
+        root, tip = (1.1, 0.3 + 0.2 * finger), (0.45 - 0.05 * (finger % 2), 0.15 + 0.25 * finger)
+        cv2.line(
+            light, *(tuple(np.int32(np.multiply(at, side)).tolist()) for at in (root, tip)), 0.3, round(0.08 * side)
+        )
+    return photographed(pixels, light)
+
+
+def blinds(pixels: np.ndarray) -> np.ndarray:
+    y, x = np.ogrid[:1:200j, :1:200j]
+    return photographed(pixels, np.where((5 * y + 1.5 * x) % 1 < 0.45, 0.4, 1.0))
+
+
+@pytest.mark.parametrize("digit", STROKES)
+def test_a_digit_under_the_shadows_of_fingers_is_read(digit):
+    photo = fingers(paint(draw(digit, pen=0.05), (30, 40, 60)))
+    assert digit_confidences(to_mnist(photo)[None]).argmax() == digit
+
+
+def test_most_digits_in_coloured_ink_under_the_shadows_of_blinds_are_read():
+    photos = {digit: blinds(paint(draw(digit, pen=0.07))) for digit in STROKES}
+    right = [digit_confidences(to_mnist(photo)[None]).argmax() == digit for digit, photo in photos.items()]
+    assert sum(right) >= len(STROKES) - 1
+
+
+def test_paper_under_the_shadows_of_fingers_or_blinds_is_no_digit():
+    paper = np.full((200, 200, 3), 220, np.uint8)
+    for photo in (fingers(paper), blinds(paper)):
+        assert digit_confidences(to_mnist(photo)[None]).max() < 0.3
+
+
+def test_its_confidences_are_those_of_the_shipped_network():
+    model, digits = load_model("shipped"), load_data("digits").test.images[:40].numpy()
+    images = np.concatenate([digits, np.random.default_rng(0).integers(256, size=(40, 28, 28), dtype=np.uint8)])
+    with torch.no_grad():
+        expected = model.probabilities(model(torch.from_numpy(images)[:, None] / 255))
+    assert np.allclose(digit_confidences(images), expected, atol=1e-4)
+
+
+def test_a_clear_reading_is_not_questioned_and_a_doubtful_one_gives_way_only_to_a_clear_one():
+    zero, one, noise = to_mnist(paint(draw(0))), to_mnist(paint(draw(1))), np.full((28, 28), 128, np.uint8)
+
+    def never():
+        raise AssertionError("the other readings were asked for")
+        yield
+
+    assert (clearest(zero, never()) == zero).all()
+    assert (clearest(noise, []) == noise).all()
+    assert (clearest(noise, [255 - noise, noise]) == noise).all()
+    assert (clearest(noise, [noise, zero]) == zero).all()
+    # The edge of a shadow makes a stroke in one reading or two.
+    assert (clearest(noise, [one, one, noise]) == noise).all()
+    assert (clearest(noise, [one, one, one]) == one).all()
+
+
+def test_reading_imports_no_torch():
+    program = "import sys, mnist_accel.images; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
