@@ -72,12 +72,14 @@ def other_strengths(smooth: Grey) -> Iterator[tuple[Grey, float]]:
     """Other answers to how much darker than the paper each pixel is, and the noise of that, for ink dark in `smooth`.
 
     Shadows may have edges as sharp as strokes and be hardly broader: all that is broader than a twentieth or a tenth of
-    the image counts as paper. Or a gleam, or a pen that runs dry, leaves a part of the ink as faint as paper in shadow:
-    ink is measured by the darkest that is near.
+    the image counts as paper. Or strokes are rows of dots: these are joined. Or a gleam, or a pen that runs dry, leaves
+    a part of the ink as faint as paper in shadow: ink is measured by the darkest that is near.
     """
     for broadest in (0.05, 0.1):
         yield _ink_strength(smooth, _closed(smooth, broadest))
     strength, noise = _ink_strength(smooth, _closed(smooth, 0.35))
+    gap = _reach(smooth, 0.06, False)
+    yield cv2.morphologyEx(strength, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (gap, gap))), noise
     reach = _reach(smooth, 0.2, False)
     near = cv2.blur(grown(strength, reach), (reach // 2 | 1, reach // 2 | 1))
     yield np.minimum(strength / np.maximum(near, 0.2 * float(strength.max()) + 6 * noise + 1e-6), 1), 0.0

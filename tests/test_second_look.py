@@ -50,6 +50,20 @@ def test_most_digits_in_coloured_ink_under_the_shadows_of_blinds_are_read():
     assert sum(right) >= len(STROKES) - 1
 
 
+def dotted(digit: int) -> np.ndarray:
+    """A display's amber dots, some nine of them to a digit's height."""
+    shares = cv2.resize(draw(digit, pen=0.06), (14, 14), interpolation=cv2.INTER_AREA)
+    ink = np.zeros((196, 196), np.float32)
+    for y, x in np.argwhere(shares > 0.3):
+        cv2.circle(ink, (14 * int(x) + 7, 14 * int(y) + 7), 4, 1.0, -1, cv2.LINE_AA)
+    return photographed(paint(ink, (255, 120, 40), (25, 25, 25)), np.ones_like(ink))
+
+
+@pytest.mark.parametrize("digit", STROKES)
+def test_a_digit_of_separate_dots_is_read(digit):
+    assert digit_confidences(to_mnist(dotted(digit))[None]).argmax() == digit
+
+
 def test_paper_under_the_shadows_of_fingers_or_blinds_is_no_digit():
     paper = np.full((200, 200, 3), 220, np.uint8)
     for photo in (fingers(paper), blinds(paper)):
