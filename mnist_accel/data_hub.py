@@ -2,7 +2,6 @@
 
 import glob
 import io
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are told below
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     try:
         # Streaming reads the files where they are; `datasets` would copy them all into its own cache first.
         with tempfile.TemporaryDirectory() as locks:
