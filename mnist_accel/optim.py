@@ -1,5 +1,6 @@
-"""Optimizers, and the learning rate as a pure function of the step."""
+"""Optimizers, the learning rate as a pure function of the step, and an average of the weights."""
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from mnist_accel.config import TrainConfig
+from mnist_accel.models import DigitClassifier
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -62,3 +64,21 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
 
 def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+class WeightAverage:
+    """An exponential moving average of the weights: `average = decay * average + (1 - decay) * weights` at each step.
+
+    The decay rises as (1 + step) / (10 + step) until it reaches its value, so that the random first weights are soon
+    forgotten (as in TensorFlow's ExponentialMovingAverage with `num_updates`).
+    """
+
+    def __init__(self, model: DigitClassifier, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after optimizer step `step` (from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(tuple(self.model.parameters()), tuple(model.parameters()), 1 - decay)

@@ -12,7 +12,6 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from mnist_accel.augment import augmentation_for
-from mnist_accel.averaging import WeightAverage
 from mnist_accel.checkpoint import TrainState, complete_checkpoints, write_checkpoint
 from mnist_accel.cli import SharedError
 from mnist_accel.config import TrainConfig
@@ -24,7 +23,7 @@ from mnist_accel.loader import ResidentLoader, hold_out, label_targets
 from mnist_accel.micro_batch import allocate_gradients, halvings_to_fit
 from mnist_accel.model_card import describe
 from mnist_accel.models import CONFIG_NAME, build_model, load_model
-from mnist_accel.optim import build_optimizer, learning_rate
+from mnist_accel.optim import WeightAverage, build_optimizer, learning_rate
 from mnist_accel.reporting import Reporter
 from mnist_accel.run_folder import RunFolder, choose_folder
 from mnist_accel.seeding import derive_seed
