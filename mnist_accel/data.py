@@ -152,16 +152,13 @@ def _embedded_digits() -> ImageData:
     They are the test part of the UCI Optical Recognition of Handwritten Digits (E. Alpaydin and C. Kaynak, 1998,
     https://doi.org/10.24432/C50P49, CC BY 4.0): 8x8 images of 0..16, each the ink of one 4x4 block of a 32x32 scan.
     """
+    from mnist_accel.images import centred
+
     with np.load(EMBEDDED) as archive:
         small, labels = torch.from_numpy(archive["images"]).float(), torch.from_numpy(archive["labels"]).long()
     boxes = F.interpolate(small[:, None], size=(20, 20), mode="bicubic", align_corners=False)[:, 0].clamp(min=0)
-    boxes = (boxes * 255 / boxes.amax(dim=(1, 2), keepdim=True)).round().to(torch.uint8)
-    # MNIST's own placement: a 20x20 box moved so that its centre of mass falls on the centre of the 28x28 image.
-    mass, middle = boxes.float(), torch.arange(20) + 0.5
-    centres = torch.stack((mass.sum(dim=2) @ middle, mass.sum(dim=1) @ middle), dim=1) / mass.sum(dim=(1, 2))[:, None]
-    images = torch.zeros(len(boxes), SIZE, SIZE, dtype=torch.uint8)
-    for image, box, (top, left) in zip(images, boxes, (15 - centres).int().tolist(), strict=True):
-        image[top : top + 20, left : left + 20] = box
+    boxes = (boxes * 255 / boxes.amax(dim=(1, 2), keepdim=True)).round()
+    images = torch.from_numpy(np.stack([centred(box) for box in boxes.numpy()]))
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for digit in range(10):
         held_out[(labels == digit).nonzero()[4::5]] = True

@@ -299,8 +299,12 @@ def _at_working_size(grey: Grey) -> Grey:
 def _set_in_box(strength: Grey) -> np.ndarray:
     """MNIST's last steps: the box to 20 by area average, peak ink to 255, the centre of mass to the middle."""
     small = fitted(strength[box_of(strength > 0.5)], BOX)
-    small = small * (255.0 / float(small.max()))
-    y, x = (min(max(int(SIDE / 2 + 1 - _centre(sums)), 0), SIDE - len(sums)) for sums in (small.sum(1), small.sum(0)))
+    return centred(small * (255.0 / float(small.max())))
+
+
+def centred(box: np.ndarray) -> np.ndarray:
+    """A box of at most 28x28 pixels in 0..255 set into (28, 28) uint8 so that its centre of mass is in the middle."""
+    y, x = (min(max(int(SIDE / 2 + 1 - _centre(sums)), 0), SIDE - len(sums)) for sums in (box.sum(1), box.sum(0)))
     result = np.zeros((SIDE, SIDE), np.uint8)
-    result[y : y + small.shape[0], x : x + small.shape[1]] = np.rint(small)
+    result[y : y + box.shape[0], x : x + box.shape[1]] = np.rint(box)
     return result
