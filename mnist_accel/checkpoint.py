@@ -13,7 +13,7 @@ import torch
 
 from mnist_accel.cli import UserError
 from mnist_accel.config import TrainConfig
-from mnist_accel.output import flush_folder
+from mnist_accel.output import flush_folder, writing
 
 STATE_NAME = "training_state.pt"
 CHECKSUM_NAME = "training_state.sha256"  # as `sha256sum --check` reads it
@@ -49,7 +49,8 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
     """
     target = folder / f"step_{step:08d}"
     unfinished = folder / f".unfinished-{target.name}"
-    try:
+    ways_on = "choose another --output-dir, then --resume: earlier checkpoints are intact"
+    with writing(f"checkpoint {target}", ways_on):
         folder.mkdir(exist_ok=True)  # without its parents: a run's folder that has gone is not made again
         for leftover in folder.glob(".*"):  # of a write or a removal that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -58,22 +59,19 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
         serialized = BytesIO()
         torch.save(content, serialized)
         checksum = _checksum(serialized.getbuffer())
-        for name, data in ((STATE_NAME, serialized.getbuffer()), (CHECKSUM_NAME, checksum)):
-            with open(unfinished / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        flush_folder(unfinished)
-        if target.exists():
-            _remove(target)  # a run resumed from an older checkpoint comes by this step again
-        unfinished.rename(target)
+        try:
+            for name, data in ((STATE_NAME, serialized.getbuffer()), (CHECKSUM_NAME, checksum)):
+                with open(unfinished / name, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            flush_folder(unfinished)
+            if target.exists():
+                _remove(target)  # a run resumed from an older checkpoint comes by this step again
+            unfinished.rename(target)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
         flush_folder(folder)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {target} cannot be written: {error.strerror or error}; earlier checkpoints are intact: "
-            "make room or choose another --output-dir, then --resume"
-        ) from error
     # Steps beyond this one belong to a course that was given up by resuming from before them; they are left alone.
     older = [path for path in complete_checkpoints(folder) if path.name <= target.name]
     for path in older[:-keep]:

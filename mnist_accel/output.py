@@ -39,11 +39,20 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} is a folder: give the name of a file to write")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: no folder {path.parent}; make it, or give another name")
-    try:
+    with writing(path):
         if path.is_file() or not path.exists():  # a pipe or a device is written to where it is
             tempfile.TemporaryFile(dir=path.resolve().parent).close()
+
+
+@contextmanager
+def writing(what: Path | str, way_on: str = "give another name") -> Iterator[None]:
+    """Around what writes a file: where the operating system refuses that, it is a `UserError`."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read it, a pipe, has gone
+        raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another name") from error
+        raise UserError(f"cannot write {what}: {error.strerror or error}; make room, or {way_on}") from error
 
 
 @contextmanager
@@ -80,14 +89,10 @@ def flush_folder(folder: Path) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """As `replacing`, in a folder that is made where it is missing; what the user can mend is a `UserError`."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             yield temporary
-    except BrokenPipeError:  # whoever read `path`, a pipe, has gone
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room, or give another name") from error
 
 
 def picture_format(path: Path) -> str:

@@ -6,8 +6,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -27,11 +26,12 @@ from mnist_accel.distributed import describe_device
 from mnist_accel.evaluation import Evaluation
 from mnist_accel.model_card import model_card
 from mnist_accel.models import DigitClassifier, model_files
-from mnist_accel.output import replacing, write_picture
+from mnist_accel.output import replacing, write_picture, writing
 
 # What a checkpoint holds; by the options and the data's fingerprint it is known of which run it is.
 CONTENT = {"options", "fingerprint", "state", "model", "average", "best_files", "optimizer", "scaler"}
 OWN_NAMES = ("config.yaml", "metrics.jsonl", "best", "final", "checkpoints")
+ANOTHER_FOLDER = "choose another --output-dir"
 LOCK_NAME = ".lock"
 LOCK_SECONDS = 20.0  # how long to wait for another training in the same folder, such as one that is being stopped
 
@@ -66,17 +66,6 @@ def _given_folder(config: TrainConfig) -> Path | None:
     return Path(os.path.normpath((resumed.resolve() if resumed.is_symlink() else resumed) / ".." / ".."))
 
 
-@contextmanager
-def _user_error(path: Path) -> Iterator[None]:
-    """Around writing `path` by `replacing` or making it: what the disk refuses is a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; make room or choose another --output-dir"
-        ) from error
-
-
 class RunFolder:
     """The files of one run; the methods that write raise `UserError` where they cannot.
 
@@ -102,7 +91,7 @@ class RunFolder:
         """
         new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
-            with _user_error(self.path):
+            with writing(self.path, ANOTHER_FOLDER):
                 if _given_folder(config) is None:
                     self.path = _claimed(self.path)
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -246,7 +235,10 @@ class RunFolder:
     def write_files(self, name: str, files: dict[str, bytes]) -> None:
         """Files of the run's folder, or of the folder `name` in it, name to content, each replaced whole."""
         folder = self.path / name
-        with _user_error(folder), ExitStack() as all_or_none:  # each takes its place only once all are written
+        with (
+            writing(folder, ANOTHER_FOLDER),
+            ExitStack() as all_or_none,
+        ):  # each takes its place only once all are written
             if name:  # a run's own folder that has gone is not made again
                 folder.mkdir(exist_ok=True)
             for file, content in files.items():

@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_nothing_under_a_complete_name_and_the_earlier_one
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    told = r"step_00000002 cannot be written: No space left.*earlier checkpoints are intact"
+    told = r"cannot write checkpoint .*step_00000002: No space left.*earlier checkpoints are intact"
     with pytest.raises(UserError, match=told):
         save(folder, 2)
     assert names(folder) == ["step_00000001"]

@@ -56,7 +56,7 @@ def test_a_full_disk_is_an_error_that_leaves_earlier_checkpoints_intact(small_da
         small_dataset, tmp_path, "--checkpoint-every", "4", fault=partial(_no_room_after, 3), processes=processes
     )
     assert statuses == [2] * processes, output
-    assert_one_error_line(output, "checkpoint", "cannot be written: File too large", "--resume")
+    assert_one_error_line(output, "cannot write checkpoint", "File too large", "--resume")
     complete = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert complete == ["step_00000004", "step_00000008"]
     for name in complete:
@@ -76,7 +76,7 @@ def test_an_output_folder_that_cannot_be_made_is_an_error(small_dataset, tmp_pat
     (tmp_path / "run").write_text("a file")
     statuses, output = run(small_dataset, tmp_path)
     assert statuses == [2]
-    assert_one_error_line(output, "cannot be written", "--output-dir")
+    assert_one_error_line(output, "cannot write", "--output-dir")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
