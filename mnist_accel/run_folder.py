@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from filelock import BaseFileLock, FileLock, Timeout
 
 from mnist_accel import __version__, figures
 from mnist_accel.checkpoint import STATE_NAME, complete_checkpoints, read_checkpoint
@@ -74,7 +75,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._locked: int | None = None  # the lock's file, open in the process that trains here
+        self._lock: BaseFileLock | None = None  # of the process that trains here
 
     @property
     def checkpoints(self) -> Path:
@@ -95,13 +96,10 @@ class RunFolder:
                 if _given_folder(config) is None:
                     self.path = _claimed(self.path)
                 self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()  # before looking: a run that is being stopped still writes
-            try:
-                return self._begin(config, fingerprint, last_step)
-            except UserError:
-                self.release()
-                raise
+            self._keep_others_out()  # before looking: a run that is being stopped still writes
+            return self._begin(config, fingerprint, last_step)
         except UserError:  # what is refused is left as it was
+            self.release()
             for folder in new_folders:
                 with suppress(OSError):
                     folder.rmdir()
@@ -115,11 +113,10 @@ class RunFolder:
 
     def release(self) -> None:
         """The run is over: nothing but what it leaves stays in the folder, and another training may begin there."""
-        if self._locked is not None:
-            with suppress(OSError):
+        if self._lock is not None and self._lock.is_locked:
+            with suppress(OSError):  # before it is unlocked: who waits for this file then locks the next one
                 (self.path / LOCK_NAME).unlink()
-            os.close(self._locked)
-            self._locked = None
+            self._lock.release()
 
     def _begin(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         candidates, elsewhere = [], False
@@ -160,41 +157,22 @@ class RunFolder:
             )
         return checkpoint
 
-    def _lock(self) -> None:
+    def _keep_others_out(self) -> None:
         """Keep other trainings out of the folder while this process lives, where the file system can.
 
         Raises:
             UserError: another process keeps it locked.
         """
+        # Without real locks nothing is locked: a mere file would outlive a process that is killed.
+        self._lock = FileLock(self.path / LOCK_NAME, timeout=LOCK_SECONDS, fallback_to_soft=False)
         try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                file = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT)  # closing it unlocks it
-            except OSError:
-                return  # a folder that cannot be written is told when it is written
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Who had it before removed it: then a third training would lock a new file of this name.
-                if os.path.samestat(os.fstat(file), os.stat(self.path / LOCK_NAME)):
-                    self._locked = file
-                    return
-            except FileNotFoundError:
-                pass
-            except (BlockingIOError, PermissionError) as error:
-                if time.monotonic() > deadline:
-                    os.close(file)
-                    raise UserError(
-                        f"another process is training in {self.path}: wait for its end, or choose another --output-dir"
-                    ) from error
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                self._locked = file
-                return
-            os.close(file)
+            self._lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another process is training in {self.path}: wait for its end, or choose another --output-dir"
+            ) from error
+        except OSError:  # no locks here; or the folder cannot be written, which is told when it is written
+            pass
 
     def _started_with(self) -> dict[str, Any]:
         """Options and data as `config.yaml` has them, under a checkpoint's names; nothing where it is unreadable."""
