@@ -98,11 +98,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     file = path / STATE_NAME
     if not file.is_file():
         raise UserError(f"no checkpoint at {path}: give a folder checkpoints/step_XXXXXXXX of a run, or --resume auto")
-    if not (path / CHECKSUM_NAME).is_file():
-        raise UserError(
-            f"checkpoint {path} has no {CHECKSUM_NAME}, as those of earlier versions: resume it with the version that "
-            "wrote it, or train anew in another --output-dir"
-        )
     try:
         state = file.read_bytes()
         if _checksum(state) != (path / CHECKSUM_NAME).read_bytes():  # torch.load compares none
