@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,23 +22,17 @@ from mnist_accel.summary import confusion_lines
 
 
 def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 500) -> Tensor:
-    """The logits, float32 (N, C) on `device`, of a model there in eval mode, for images uint8 (N, 28, 28), N > 0.
+    """The logits, float32 (N, C) on `device`, of a model there, for images uint8 (N, 28, 28), N > 0, in eval mode.
 
-    The images may lie anywhere: each batch is moved and converted on its own. Afterwards the model is in its old mode.
+    The images may lie anywhere: each batch is moved and converted on its own.
     """
-    was_training = model.training
     model.eval()
-    try:
-        with torch.inference_mode():
-            batches = [
-                # `prepare` replaced this instance's forward by one in mixed precision. Whoever loads the weights
-                # computes without: so the class's.
-                type(model).forward(model, batch.to(device).unsqueeze(1).float() / 255)
-                for batch in images.split(batch_size)
-            ]
-    finally:
-        model.train(was_training)
-    return torch.cat(batches)
+    # `prepare` replaced this instance's forward by one in mixed precision. Whoever loads the weights computes without:
+    # so the class's.
+    forward = partial(type(model).forward, model)
+    with torch.inference_mode():
+        batches = images.split(batch_size)
+        return torch.cat([forward(batch.to(device).unsqueeze(1).float() / 255) for batch in batches])
 
 
 @dataclass(frozen=True)

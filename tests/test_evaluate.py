@@ -70,7 +70,6 @@ def test_logits_do_not_depend_on_the_batch_size_and_come_from_eval_mode(split):
         logits = predict_logits(model, split.images, CPU, batch_size)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
-    assert model.training
 
 
 def test_evaluation_of_one_model_matches_its_logits(split):
