@@ -34,7 +34,6 @@ PRECISIONS = ("fp32", "bf16")
 # are what a command prints as JSON in its last line, or, of train.py, what its metrics.jsonl says.
 UNITS = {
     "training": [SPEED],
-    "kernels": ["FLOP/s, fp32", "FLOP/s, bf16"],
     "accuracy": [TIME, ACCURACY, "s training"],
     "prediction": [TIME],
     "scaling": [SPEED],
@@ -120,9 +119,6 @@ class Benchmark:
                 if self.machine["threads"] > 1:
                     threads = ["--num_cpu_threads_per_process", self.machine["threads"]]
                     yield f"{name}, all cores, {precision}", [*launch, *threads, *loop]
-
-    def _kernels(self, _: int) -> Commands:
-        yield "matrix product", _loop("machine")
 
     def _accuracy(self, seed: int) -> Commands:
         bf16_is_faster = self.machine["FLOP/s, bf16"] > 1.2 * self.machine["FLOP/s, fp32"]
@@ -227,7 +223,7 @@ def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, An
         speeds = {name: value for (part, name, _), value in median.items() if part == "training" and precision in name}
         ours, raw = (speeds.pop(f"{name}, {precision}", None) for name in ("this project", "raw PyTorch"))
         achieved = ours and ours * machine["operations_per_image"]
-        rate = median.get(("kernels", "matrix product", f"FLOP/s, {precision}"))
+        rate = machine.get(f"FLOP/s, {precision}")
         pairs |= {f"training: speed over {name}": (ours, speed) for name, speed in speeds.items()}
         best = max(speeds.values(), default=None)
         pairs[f"training, {precision}: speed over the examples' loop, its best variant"] = ours, best
@@ -273,8 +269,6 @@ def as_text(value: float, unit: str) -> str:
     """A measured number with its unit."""
     if unit == ACCURACY:
         return f"{value:.2%}"
-    if unit.startswith("FLOP/s"):
-        return f"{value / 1e9:,.0f} G{unit}"
     return f"{value:,.0f} {unit}" if unit == SPEED else f"{value:.2f} {unit}"
 
 

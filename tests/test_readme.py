@@ -66,7 +66,7 @@ ONLY_PARSED = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint "
     "10.0.0.1:29500 --max_restarts 3 scripts/train.py --output-dir runs/two --resume auto": "it needs two machines; see "
     "test_torchrun_restarts_what_fails",
-    "python scripts/benchmark.py --parts training kernels startup prediction --steps 200 --rounds 5 --figure benchmark.png": "it takes "
+    "python scripts/benchmark.py --parts training startup prediction --steps 200 --rounds 5 --figure benchmark.png": "it takes "
     "long; see test_benchmark.py",
     "python scripts/benchmark.py --parts accuracy scaling --steps 200": "it takes long; see test_benchmark.py",
 }
