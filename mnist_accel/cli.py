@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 MODEL_HELP = (
@@ -54,13 +53,6 @@ def number(kind: type, low: float, below: float = math.inf, words: Any = ()) -> 
         return value
 
     return parse
-
-
-def folder_name(text: str) -> Path:
-    """A parser for a folder's name; an empty one is not taken for the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty: is a variable of the shell not set?")
-    return Path(text)
 
 
 def counted(count: int, noun: str) -> str:

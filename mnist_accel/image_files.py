@@ -38,7 +38,7 @@ PROGRAM = (
 )
 
 
-def find_images(folder: Path, leaving_out: Path | None = None) -> tuple[list[bytes], int]:
+def find_images(folder: str | Path, leaving_out: Path | None = None) -> tuple[list[bytes], int]:
     """The image files below a folder, by their endings: paths relative to it, `/` between parts, sorted.
 
     Also returns how many folders could not be read.
@@ -115,7 +115,7 @@ class Readers:
     crashes a decoder takes nothing with it but its own row.
     """
 
-    def __init__(self, folder: Path, processes: int, as_is: bool = False) -> None:
+    def __init__(self, folder: str | Path, processes: int, as_is: bool = False) -> None:
         self._common = os.fsencode(folder), as_is
         self._ended = False
         # Of this moment: imports change the environment while a thread starts a process, which then got half of it.

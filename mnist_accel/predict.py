@@ -31,7 +31,7 @@ BATCH_SIZE = 128
 
 
 def predict_folder(
-    folder: Path,
+    folder: str | Path,
     *,
     model: str | None = None,
     output: str = "predictions.csv",

@@ -70,7 +70,7 @@ def confusion_lines(counts: np.ndarray, class_names: list[str]) -> list[str]:
     return lines
 
 
-def label_of(path: str, folder: Path, source: str | None, class_names: list[str]) -> int | None:
+def label_of(path: str, folder: str | Path, source: str | None, class_names: list[str]) -> int | None:
     """The index of the true class of a file, None if it has no label.
 
     It is read from the file's name's first character (source "name") or from its parent folder's name ("folder"), where
@@ -79,6 +79,6 @@ def label_of(path: str, folder: Path, source: str | None, class_names: list[str]
     if source is None:
         return None
     *parents, file_name = path.split("/")
-    parent = parents[-1] if parents else folder.resolve().name
+    parent = parents[-1] if parents else Path(folder).resolve().name
     name = file_name[:1] if source == "name" else parent
     return class_names.index(name) if name in class_names else None

@@ -4,12 +4,12 @@ import signal
 import sys
 from pathlib import Path
 
-from mnist_accel.cli import MODEL_HELP, POSITIVE, CommandLine, folder_name, run_script
+from mnist_accel.cli import MODEL_HELP, POSITIVE, CommandLine, run_script
 
 
 def main() -> int:
     parser = CommandLine(description=__doc__)
-    parser.add_argument("folder", type=folder_name, help="the folder of images")
+    parser.add_argument("folder", help="the folder of images")
     parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--output", default="predictions.csv", help=".csv, .jsonl or .parquet file; - is CSV on stdout")
     parser.add_argument("--probabilities", action="store_true", help="add a column for each class: p0, p1, ...")

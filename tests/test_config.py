@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mnist_accel.cli import CommandLine, UserError, folder_name
+from mnist_accel.cli import UserError
 from mnist_accel.config import FREE_ON_RESUME, TrainConfig, differing_options, parse_config
 
 
@@ -181,11 +181,3 @@ def test_repeating_a_run_uploads_nothing_and_starts_afresh(tmp_path):
     assert (repeated.push_to_hub, repeated.resume) == (None, None)
     file.write_text(yaml.safe_dump(options))  # a user's own file, which means what it says
     assert parse_config(["--config", str(file)]).push_to_hub == "me/digits"
-
-
-def test_an_empty_folder_name_is_not_the_current_folder():
-    parser = CommandLine()
-    parser.add_argument("folder", type=folder_name)
-    assert parser.parse_args(["images"]).folder == Path("images")
-    with pytest.raises(UserError, match="the name is empty: is a variable"):
-        parser.parse_args([""])
