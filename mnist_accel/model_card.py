@@ -8,26 +8,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from mnist_accel.config import FIRST_PROCESS_ONLY, TrainConfig
+from mnist_accel.config import FIRST_PROCESS_ONLY
 from mnist_accel.data import hub_dataset
-from mnist_accel.evaluation import Evaluation
 from mnist_accel.models import DigitClassifier, count_parameters
-
-
-def describe(
-    config: TrainConfig, fingerprint: str, split: str, result: Evaluation, row: dict[str, Any]
-) -> dict[str, Any]:
-    """The facts that stand beside saved weights: their data and options, their epoch, what `split` of the data gave."""
-    return {
-        "dataset": config.dataset,
-        "dataset_fingerprint": fingerprint,
-        "split": split,
-        "accuracy": result.accuracy,
-        "loss": result.loss,
-        "epoch": row["epoch"],
-        "step": row["step"],
-        "options": config.options(),
-    }
 
 
 def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
@@ -35,7 +18,7 @@ def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
 
     Args:
         model: the network.
-        facts: as from `describe`; where these weights were chosen on another split, `test_accuracy` too.
+        facts: as `Trainer` records them; where these weights were chosen on another split, `test_accuracy` too.
     """
     split, accuracy, task = facts["split"], facts["accuracy"], "image-classification"
     hub_id = hub_dataset(facts["dataset"])

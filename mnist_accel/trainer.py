@@ -21,7 +21,6 @@ from mnist_accel.evaluation import Evaluation, evaluate, evaluate_on_all_ranks
 from mnist_accel.hub import upload_folder
 from mnist_accel.loader import ResidentLoader, hold_out, label_targets
 from mnist_accel.micro_batch import allocate_gradients, halvings_to_fit
-from mnist_accel.model_card import describe
 from mnist_accel.models import CONFIG_NAME, build_model, load_model
 from mnist_accel.optim import WeightAverage, build_optimizer, learning_rate
 from mnist_accel.reporting import Reporter
@@ -292,7 +291,17 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
 
     def _write_weights(self, name: str, split_name: str, result: Evaluation) -> dict[str, bytes]:
-        facts = describe(self.config, self.data.fingerprint, split_name, result, self.state.history[-1])
+        row = self.state.history[-1]
+        facts = {
+            "dataset": self.config.dataset,
+            "dataset_fingerprint": self.data.fingerprint,
+            "split": split_name,
+            "accuracy": result.accuracy,
+            "loss": result.loss,
+            "epoch": row["epoch"],
+            "step": row["step"],
+            "options": self.config.options(),
+        }
         return self.folder.write_weights(name, self.evaluated_network, facts)
 
     def _finish(self) -> int:
