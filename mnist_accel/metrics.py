@@ -67,8 +67,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Source: C. Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()
-    if not torch.isfinite(logits).all():
-        raise ValueError("logits must be finite")
     if bool((logits.argmax(dim=1) == labels).all()):
         return 1.0
     of_labels = logits.gather(1, labels.unsqueeze(1)).mean()
