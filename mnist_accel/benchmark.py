@@ -173,8 +173,7 @@ class Benchmark:
 def run_process(words: Sequence[str], time_limit: float) -> tuple[str, float]:
     """Run a command to its end; returns its standard output and its wall time in seconds.
 
-    Raises:
-        UserError: it failed or took longer than `time_limit` seconds; nothing of it runs on.
+    Raises a `UserError` where it failed or took longer than `time_limit` seconds; nothing of it runs on.
     """
     began = time.perf_counter()
     pipe = subprocess.PIPE

@@ -79,8 +79,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class CommandLine(argparse.ArgumentParser):
     """An argument parser that takes `--batch-size` and `--batch_size` alike and never abbreviates.
 
-    Raises:
-        UserError: where argparse would print its usage and exit.
+    Raises a `UserError` where argparse would print its usage and exit.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -27,11 +27,7 @@ from mnist_accel.image_files import usable_cores
 
 
 def build_accelerator(gradient_accumulation_steps: int = 1, report_to: str = "none") -> Accelerator:
-    """The Accelerator for this process.
-
-    Raises:
-        UserError: the launch would train something else than what was asked for.
-    """
+    """The Accelerator for this process; a `UserError` where it would train something else than was asked for."""
     use_all_cores()
     keep_freed_memory()
     # At each step Accelerate's optimizer searches the whole import path twice for a package: a quarter millisecond.
@@ -152,10 +148,8 @@ def together() -> Iterator[None]:
     """Run a block that may fail on some ranks; then every rank raises the first failing rank's error, or none does.
 
     Without this a rank that fails would leave the others waiting for it in their next collective operation. Every rank
-    must come here. An `OSError` (a full disk, a folder that vanished) counts as the user's to mend.
-
-    Raises:
-        SharedError: on all ranks, when the block failed on any.
+    must come here. An `OSError` (a full disk, a folder that vanished) counts as the user's to mend. What is raised on
+    all ranks is a `SharedError`.
     """
     failure: UserError | OSError | None = None
     told = ""
@@ -190,8 +184,7 @@ def tell_other_machines(error: UserError) -> None:
 def require_alike(settings: dict[str, Any]) -> None:
     """Every rank must come here with its options, by name: machines read their own command lines, files and caches.
 
-    Raises:
-        SharedError: on all ranks, when some have other options or other data.
+    Raises a `SharedError` on all ranks where some have other options or other data.
     """
     first, *others = gather_object([settings])
     compared = first.keys() - FIRST_PROCESS_ONLY

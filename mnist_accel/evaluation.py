@@ -111,10 +111,7 @@ def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, spli
     """Each rank answers its own part of a split, so that every image counts once; all ranks get the same measures.
 
     `model` is the plain network, never the one that DDP wraps, which would wait for ranks with fewer batches. Also
-    returns the logits, float32 (N, C) on the CPU.
-
-    Raises:
-        SharedError: when a logit is not finite: training has diverged.
+    returns the logits, float32 (N, C) on the CPU. A `SharedError` where one is not finite: training has diverged.
     """
     ranks, rank, total = accelerator.num_processes, accelerator.process_index, len(split.labels)
     own = slice(total * rank // ranks, total * (rank + 1) // ranks)
@@ -147,8 +144,7 @@ def _measure(logits: list[Tensor], models: list[DigitClassifier], labels: Tensor
 def load_for_evaluation(models: list[str] | None, dataset: str | None) -> tuple[dict[str, DigitClassifier], ImageData]:
     """Models by name (without names the default one), and the data set to use them on: by default the first one's own.
 
-    Raises:
-        UserError: either cannot be loaded, or a model has another number of classes than the data set.
+    Raises a `UserError` where either cannot be loaded, or a model has another number of classes than the data set.
     """
     use_all_cores()
     loaded = {name: load_model(name) for name in models or [str(default_model())]}

@@ -41,13 +41,9 @@ PROGRAM = (
 def find_images(folder: str | Path, leaving_out: Path | None = None) -> tuple[list[bytes], int]:
     """The image files below a folder, by their endings: paths relative to it, `/` between parts, sorted.
 
-    Also returns how many folders could not be read.
-
-    Hidden files and folders, links to folders (they can form loops), pipes, sockets and devices are left out; links to
-    files are followed. A folder that cannot be read is named on stderr and left out, and so is the file `leaving_out`.
-
-    Raises:
-        UserError: no such folder, or no image in it.
+    Also returns how many folders could not be read: each is named on stderr and left out. So are, without a word, the
+    file `leaving_out`, hidden files and folders, links to folders (they can form loops), pipes, sockets and devices;
+    links to files are followed. Raises a `UserError` where there is no such folder, or no image in it.
     """
     root = os.path.join(os.fsencode(folder), b"")
     if os.path.isfile(folder):

@@ -55,8 +55,7 @@ class ImageError(ValueError):
 def read_digit(path: str | Path) -> np.ndarray:
     """The (28, 28) uint8 image, white ink on black, of an image file of a digit; all zeros if it shows no ink.
 
-    Raises:
-        ImageError: the file cannot be read, is no image, is truncated or damaged, or is too large.
+    Raises what `read_image` does.
     """
     return to_mnist(read_image(path))
 
@@ -75,10 +74,8 @@ def read_image(path: str | Path) -> np.ndarray:
     """The pixels of an image file, (H, W), (H, W, 3) or (H, W, 4), uint8, or uint16 where it holds more than 8 bits.
 
     The content decides the format, not the file's name. The camera's orientation is applied, palettes and CMYK become
-    RGB, an animation gives its first frame, and very large images are reduced to READ_SIDE.
-
-    Raises:
-        ImageError: the file cannot be read, is no image, is truncated or damaged, or is too large.
+    RGB, an animation gives its first frame, and very large images are reduced to READ_SIDE. An `ImageError` where the
+    file cannot be read, is no image, is truncated or damaged, or is too large.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:

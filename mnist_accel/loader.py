@@ -129,8 +129,7 @@ class ResidentLoader:
 def hold_out(split: Split, size: int, seed: int) -> tuple[Split, Split]:
     """Part a split in two: what stays for training, and `size` images held out, the classes in proportion.
 
-    Raises:
-        SharedError: `size` leaves nothing to train on.
+    Raises a `SharedError` where that leaves nothing to train on.
     """
     if size >= len(split.labels):
         raise SharedError(

@@ -216,8 +216,7 @@ MODELS: dict[str, Callable[[int, float], DigitClassifier]] = {
 def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5) -> DigitClassifier:
     """A freshly initialised network in train mode; it draws from torch's global generator.
 
-    Raises:
-        UserError: there is no network of this name.
+    Raises a `UserError` where there is no network of this name.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
@@ -292,8 +291,7 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
 def find_weights(path_or_hub_id: str | Path | None) -> Path:
     """The local folder that `load_model` reads for this argument, downloaded from the Hub if need be.
 
-    Raises:
-        UserError: there is no such folder and no such Hub repository.
+    Raises a `UserError` where there is no such folder and no such Hub repository.
     """
     if path_or_hub_id in (None, "shipped"):
         return SHIPPED

@@ -106,11 +106,8 @@ def write_picture(pixels: np.ndarray, path: Path) -> None:
 def write_table(rows: Iterable[dict[str, Any]], output: str, columns: dict[str, type]) -> None:
     """Write rows to a .csv, .jsonl or .parquet file, or as CSV to stdout for `-`, as they come.
 
-    A file appears under its name, in place of an older one, only when it is complete. Rows are column -> value, None
-    for none, in the order of `columns`, which are name -> str, int or float.
-
-    Raises:
-        UserError: the file cannot be written, such as on a full disk.
+    A file appears under its name, in place of an older one, only when it is complete; a `UserError` where it cannot be
+    written. Rows are column -> value, None for none, in the order of `columns`, which are name -> str, int or float.
     """
     if output == "-":
         _write_csv(rows, sys.stdout.fileno(), columns)

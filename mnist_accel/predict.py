@@ -43,13 +43,8 @@ def predict_folder(
 ) -> int:
     """Predict all images of a folder, with all processes of the launch, and write the rows; print a summary.
 
-    The arguments are the options of scripts/predict_dir.py.
-
-    Returns:
-        How many files, and folders of files, could not be read.
-
-    Raises:
-        UserError: any mistake in the arguments, found before anything is written; a disk that fills up.
+    The arguments are the options of scripts/predict_dir.py. Returns how many files, and folders of files, could not be
+    read. Raises a `UserError` for a mistake in the arguments, before anything is written, and for a disk that fills up.
     """
     from mnist_accel.sheet import PICTURES, draw_sheet
 

@@ -85,10 +85,8 @@ class RunFolder:
         """Make the folder, or find the checkpoint to resume from; returns that checkpoint's content, or None to start.
 
         Until `release`, which the folder as a context comes to, or the process's end, other trainings are kept out.
-
-        Raises:
-            UserError: the folder holds another run, another process trains in it, nothing is there to resume, it is of
-                other options or data, or it is beyond the run's last step.
+        Raises a `UserError` where the folder holds another run, another process trains in it, nothing is there to
+        resume, or what is there is of other options or data or beyond the run's last step.
         """
         new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
@@ -158,11 +156,7 @@ class RunFolder:
         return checkpoint
 
     def _keep_others_out(self) -> None:
-        """Keep other trainings out of the folder while this process lives, where the file system can.
-
-        Raises:
-            UserError: another process keeps it locked.
-        """
+        """Keep other trainings out of the folder while this process lives, where the file system can."""
         # Without real locks nothing is locked: a mere file would outlive a process that is killed.
         self._lock = FileLock(self.path / LOCK_NAME, timeout=LOCK_SECONDS, fallback_to_soft=False)
         try:

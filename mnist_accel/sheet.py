@@ -19,11 +19,7 @@ TEXT, FAINT, RIGHT, WRONG = "#222222", "#5f6368", "#2a7f3f", "#c0202a"
 
 
 def draw_sheet(items: Sequence[tuple[Seen, int | None]], class_names: Sequence[str], path: Path) -> None:
-    """Draw files that carry pictures, with their labels' indices where they are known, and write the sheet to `path`.
-
-    Raises:
-        UserError: the sheet cannot be written, such as on a full disk.
-    """
+    """Draw files that carry pictures, with their labels' indices where they are known, and write that to `path`."""
     width, height = 2 * IMAGE + 3 * GAP, IMAGE + LINE + NAME + 3 * GAP
     columns = max(1, min(COLUMNS, len(items)))
     rows = max(1, math.ceil(len(items) / columns))

@@ -33,11 +33,7 @@ ACCELERATOR_CHECK_INTERVAL = 20
 
 
 class Trainer:
-    """One training run, from its options to its folder.
-
-    Raises:
-        UserError: from any method, and then on all ranks, for what the user can mend.
-    """
+    """One training run, from its options to its folder; what the user can mend is a `UserError`, on all ranks."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
