@@ -84,9 +84,9 @@ class RunFolder:
     def open(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         """Make the folder, or find the checkpoint to resume from; returns that checkpoint's content, or None to start.
 
-        Until `release`, which the folder as a context comes to, or the process's end, other trainings are kept out.
-        Raises a `UserError` where the folder holds another run, another process trains in it, nothing is there to
-        resume, or what is there is of other options or data or beyond the run's last step.
+        Until `close`, or the process's end, other trainings are kept out. Raises a `UserError` where the folder holds
+        another run, another process trains in it, nothing is there to resume, or what is there is of other options or
+        data or beyond the run's last step.
         """
         new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
@@ -97,19 +97,13 @@ class RunFolder:
             self._keep_others_out()  # before looking: a run that is being stopped still writes
             return self._begin(config, fingerprint, last_step)
         except UserError:  # what is refused is left as it was
-            self.release()
+            self.close()
             for folder in new_folders:
                 with suppress(OSError):
                     folder.rmdir()
             raise
 
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
+    def close(self) -> None:
         """The run is over: nothing but what it leaves stays in the folder, and another training may begin there."""
         if self._lock is not None and self._lock.is_locked:
             with suppress(OSError):  # before it is unlocked: who waits for this file then locks the next one

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -115,7 +116,7 @@ class Trainer:
         accumulates = accelerator.gradient_accumulation_steps > 1
         stop_signal = 0
         self._started = time.perf_counter()
-        with stop_signals() as received_signal, self.folder:
+        with stop_signals() as received_signal, closing(self.folder):
             while state.step < self.last_step and not state.out_of_patience(config) and not stop_signal:
                 epoch, first_step = divmod(state.step, loader.steps_per_epoch)
                 self.reporter.start_epoch(epoch, first_step * config.batch_size, loader.num_images)

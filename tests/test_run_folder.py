@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -81,7 +82,7 @@ def test_resume_auto_goes_on_where_the_checkpoints_lie_on_another_disk(tmp_path)
     write_checkpoint(folder.checkpoints, 10, content, keep=1)
     config = TrainConfig(resume="auto", output_dir=str(folder.path))
     assert folder.open(config, "the same", 100)["state"] == {"step": 10}
-    folder.release()
+    folder.close()
 
 
 LOCKS = """
@@ -108,14 +109,14 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp
         other.kill()
         other.wait()
     assert folder.open(config, "the same", 100) is None
-    folder.release()
+    folder.close()
     assert not list(folder.path.iterdir())
 
 
 def test_who_waited_for_a_folder_keeps_the_next_one_out(tmp_path):
     folder = RunFolder(tmp_path / "run")
     config = TrainConfig(resume="auto", output_dir=str(folder.path))
-    releases = LOCKS.replace("sys.stdin.read()", "sys.stdin.readline(); folder.release(); sys.stdin.read()")
+    releases = LOCKS.replace("sys.stdin.read()", "sys.stdin.readline(); folder.close(); sys.stdin.read()")
     command, pipe = [sys.executable, "-c", releases, str(folder.path)], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout.readline() == "locked\n"
@@ -129,7 +130,7 @@ def test_who_waited_for_a_folder_keeps_the_next_one_out(tmp_path):
 
 def test_a_training_that_fails_leaves_its_folder_to_the_next_one(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match="diverged"), folder:
+    with pytest.raises(UserError, match="diverged"), closing(folder):
         folder.open(TrainConfig(output_dir=str(folder.path)), "the same", 100)
         assert (folder.path / ".lock").exists()
         raise UserError("diverged")
