@@ -1,7 +1,6 @@
 """Complete training states on disk: written aside, flushed, renamed when complete, never half of one."""
 
 import hashlib
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 
 from mnist_accel.cli import UserError
 from mnist_accel.config import TrainConfig
-from mnist_accel.output import flush_folder, writing
+from mnist_accel.output import flush_folder, replacing, writing
 
 STATE_NAME = "training_state.pt"
 CHECKSUM_NAME = "training_state.sha256"  # as `sha256sum --check` reads it
@@ -61,11 +60,8 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
         checksum = _checksum(serialized.getbuffer())
         try:
             for name, data in ((STATE_NAME, serialized.getbuffer()), (CHECKSUM_NAME, checksum)):
-                with open(unfinished / name, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-            flush_folder(unfinished)
+                with replacing(unfinished / name) as file:
+                    file.write_bytes(data)
             if target.exists():
                 _remove(target)  # a run resumed from an older checkpoint comes by this step again
             unfinished.rename(target)

@@ -49,8 +49,6 @@ def several_digits(digits: Digits, random: np.random.Generator) -> np.ndarray:
     row, end = np.zeros((SIZE + 12, 6 * SIZE), np.uint8), SIZE
     for image in digits[random.integers(len(digits), size=random.integers(2, 5))]:
         digit = image[:, box_of(image > FAINT)[1]]
-        if not digit.size:
-            continue  # a data set may hold blank images
         start, top = end + int(random.integers(-2, 8)), int(random.integers(0, 12))
         end = start + digit.shape[1]
         place = row[top : top + SIZE, start:end]

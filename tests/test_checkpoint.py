@@ -83,17 +83,19 @@ def test_until_it_is_complete_a_checkpoint_does_not_carry_its_name(folder, monke
 
 
 def test_a_checkpoint_is_flushed_to_disk_before_it_gets_its_name(folder, monkeypatch):
-    events = []
+    events, rename, replace = [], Path.rename, os.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.readlink(f"/proc/self/fd/{descriptor}")))
-    original = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"rename {to}"), original(self, to))[1])
+    monkeypatch.setattr(Path, "rename", lambda self, to: (events.append(f"rename {to}"), rename(self, to))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(f"{old} becomes {new}"), replace(old, new))[1])
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("which file is flushed is read from /proc, which is not here")
     save(folder, 5)
     unfinished = folder / ".unfinished-step_00000005"
-    assert events == [
-        str(unfinished / STATE_NAME), str(unfinished / CHECKSUM_NAME), str(unfinished), f"rename {folder / 'step_00000005'}", str(folder),
-    ]  # fmt: skip
+    for name in (STATE_NAME, CHECKSUM_NAME):
+        flushed, renamed = events.pop(0), events.pop(0)
+        assert renamed == f"{flushed} becomes {unfinished / name}"
+        assert events.pop(0) == str(unfinished)
+    assert events == [f"rename {folder / 'step_00000005'}", str(folder)]
 
 
 def test_a_failed_write_leaves_nothing_under_a_complete_name_and_the_earlier_ones_intact(folder, monkeypatch):
