@@ -253,13 +253,12 @@ def _write_cache(file: Path, name: str, data: ImageData) -> None:
     from mnist_accel.output import replacing  # which imports Pillow
 
     tensors = {f"{split}_{kind}": tensor for split in SPLITS for kind, tensor in vars(getattr(data, split)).items()}
-    remarks = data.source.removeprefix(name)
-    facts = {"class_names": json.dumps(data.class_names), "fingerprint": data.fingerprint, "remarks": remarks}
-    facts["inverted"] = json.dumps(data.inverted)
+    facts = {"class_names": data.class_names, "fingerprint": data.fingerprint, "inverted": data.inverted}
+    facts["remarks"] = data.source.removeprefix(name)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as unfinished:
-            unfinished.write_bytes(save(tensors, facts))
+            unfinished.write_bytes(save(tensors, {"facts": json.dumps(facts)}))
     except OSError as error:
         if is_first_rank():
             print(f"warning: cannot keep the decoded images in {file.parent} ({error}): set HF_HOME", file=sys.stderr)
@@ -269,11 +268,11 @@ def _read_cache(file: Path, name: str) -> ImageData | None:
     """The data set of a cache file, mapped into memory; nothing if the file is missing or damaged."""
     try:
         with safe_open(file, "pt") as archive:
-            facts = archive.metadata()
+            facts = json.loads(archive.metadata()["facts"])
             train, test = (Split(*(archive.get_tensor(f"{split}_{kind}") for kind in KINDS)) for split in SPLITS)
-        class_names, inverted = (json.loads(facts[key]) for key in ("class_names", "inverted"))
-        if _fingerprint(train, test, class_names) != facts["fingerprint"]:  # a decayed disk
+        source = name + facts.pop("remarks")
+        if _fingerprint(train, test, facts["class_names"]) != facts["fingerprint"]:  # a decayed disk
             return None
-        return ImageData(train, test, class_names, facts["fingerprint"], name + facts["remarks"], inverted)
+        return ImageData(train, test, source=source, **facts)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

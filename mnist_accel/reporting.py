@@ -72,15 +72,9 @@ class Reporter:
 
     def start_epoch(self, epoch: int, images_done: int, images: int) -> None:
         """Show a bar for an epoch (0-based) where the output is a terminal."""
-        self.bar = tqdm(
-            desc=f"Epoch {epoch + 1}/{self.config.epochs}",
-            initial=images_done,
-            total=images,
-            unit=" images",
-            leave=False,
-            disable=None if self.accelerator.is_main_process else True,  # None: only where there is no terminal
-            dynamic_ncols=True,
-        )
+        name = f"Epoch {epoch + 1}/{self.config.epochs}"
+        hidden = None if self.accelerator.is_main_process else True  # None: only where there is no terminal
+        self.bar = tqdm(desc=name, initial=images_done, total=images, unit=" images", leave=False, disable=hidden)
 
     def log_step(self, step: int, epoch: int, done: int, images: int, loss: float, rate: float, speed: float) -> None:
         """A progress line, and the same numbers to the trackers; `loss` is the epoch's mean so far."""
