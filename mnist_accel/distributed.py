@@ -155,16 +155,14 @@ def together() -> Iterator[None]:
     told = ""
     try:
         yield
-    except UserError as error:
-        failure, told = error, str(error)
-    except OSError as error:
-        failure, told = error, advice(error) or str(error)
-    failures = gather_object([told])
-    message = next((text for text in failures if text), None)
+    except (UserError, OSError) as error:
+        failure = error
+        told = (isinstance(error, OSError) and advice(error)) or str(error)
+    messages = [text for text in gather_object([told]) if text]
     if isinstance(failure, BrokenPipeError):  # who read our output has gone: no mistake
         raise failure
-    if message is not None:
-        raise SharedError(message) from failure
+    if messages:
+        raise SharedError(messages[0]) from failure
 
 
 def tell_other_machines(error: UserError) -> None:

@@ -96,7 +96,7 @@ class Seen(NamedTuple):
 
 
 class Readers:
-    """Processes that read images of a folder, started as they are needed; as a context, it ends them.
+    """Processes that read images of a folder, started as they are needed, until `close` ends them.
 
     They are programs of their own, without torch: Python's lock would let threads wait for its import, and a file that
     crashes a decoder takes nothing with it but its own row.
@@ -112,10 +112,7 @@ class Readers:
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         self._all: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> "Readers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._ended = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in self._all:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -64,7 +65,7 @@ def predict_folder(
     alone = launched_processes() == "1"
     workers = workers or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     paths, skipped = check_and_list() if alone else ([], 0)
-    with Readers(folder, workers, as_is) as readers, ThreadPoolExecutor(workers) as pool:
+    with closing(Readers(folder, workers, as_is)) as readers, ThreadPoolExecutor(workers) as pool:
         # Importing torch takes longer than reading 10,000 digits, and a process alone knows by now what to read.
         files = read_share(paths)
         with importing():

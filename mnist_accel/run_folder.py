@@ -59,12 +59,12 @@ def _given_folder(config: TrainConfig) -> Path | None:
     if config.resume is None or config.resume == "auto":
         return None
     resumed = Path(os.path.expanduser(config.resume))
-    is_checkpoint = (resumed / STATE_NAME).exists()
-    if not is_checkpoint and not re.fullmatch(r"step_\d{8,}", resumed.name):
+    if not (resumed / STATE_NAME).exists() and not re.fullmatch(r"step_\d{8,}", resumed.name):
         return resumed
-    if is_checkpoint and resumed.resolve().parent.name != "checkpoints":
-        raise UserError(f"{resumed} is a checkpoint outside its run: give an --output-dir for the run that goes on")
-    return Path(os.path.normpath((resumed.resolve() if resumed.is_symlink() else resumed) / ".." / ".."))
+    checkpoints = resumed.resolve().parent
+    if checkpoints.name != "checkpoints":
+        raise UserError(f"{resumed} is not in a run's checkpoints/: give an --output-dir for the run that goes on")
+    return checkpoints.parent
 
 
 class RunFolder:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 
@@ -235,7 +236,7 @@ def test_files_that_kill_their_reader_get_a_row_and_cost_no_other(folder, monkey
         "else read(p); image_files.serve()"
     )
     monkeypatch.setattr(image_files, "PROGRAM", fatal)
-    with Readers(folder, 2) as readers:
+    with closing(Readers(folder, 2)) as readers:
         seen = list(readers.read([(path, False) for path in find_images(folder)[0]]))
     assert [file.path for file in seen] == PATHS
     assert ["crashed" in (file.error or "") for file in seen] == [path in ("4.png", "b/deep/7.bmp") for path in PATHS]
@@ -249,21 +250,21 @@ def test_a_few_large_files_occupy_a_reader_each_and_no_reader_is_started_in_vain
     )
     monkeypatch.setattr(image_files, "PROGRAM", slow)
     for files, processes, started in ((3, 64, 3), (6, 2, 2)):
-        with Readers(folder, processes) as readers:
+        with closing(Readers(folder, processes)) as readers:
             paths = find_images(folder)[0][:files]
             assert len(list(readers.read([(path, False) for path in paths]))) == files
             assert len(readers._all) == started
 
 
 def test_a_reader_gets_the_environment_of_the_beginning_whatever_imports_do_to_it_meanwhile(folder, monkeypatch):
-    with Readers(folder, 1) as readers:
+    with closing(Readers(folder, 1)) as readers:
         monkeypatch.setenv("CHANGED_MEANWHILE", "1")
         assert "CHANGED_MEANWHILE" not in psutil.Process(readers._start().pid).environ()
 
 
 def test_readers_that_cannot_start_are_an_error_and_no_endless_loop(folder, monkeypatch):
     monkeypatch.setattr(image_files, "PROGRAM", "raise SystemExit(3)")
-    with Readers(folder, 2) as readers, pytest.raises(RuntimeError, match="its message is above"):
+    with closing(Readers(folder, 2)) as readers, pytest.raises(RuntimeError, match="its message is above"):
         next(readers.read([(b"4.png", False)]))
 
 
