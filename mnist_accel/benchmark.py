@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -94,7 +94,7 @@ class Benchmark:
                         values.setdefault((part, name, unit), []).append(value)
                     print(f"{part}: {name}: " + ", ".join(as_text(found[unit], unit) for unit in found), flush=True)
         measurements = [
-            {"part": part, "name": name, "unit": unit, "median": statistics.median(found), "values": found}
+            {"part": part, "name": name, "unit": unit, "median": median(found), "mean": fmean(found), "values": found}
             for (part, name, unit), found in values.items()
         ]
         return {
@@ -164,7 +164,7 @@ class Benchmark:
         if run.exists():
             *epochs, final = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             times = [epoch["train_seconds"] for epoch in epochs]
-            speed = statistics.fmean([epoch["images_per_second"] for epoch in epochs], weights=times)
+            speed = fmean([epoch["images_per_second"] for epoch in epochs], weights=times)
             return {SPEED: speed, ACCURACY: final["test_accuracy"], "s training": sum(times), TIME: seconds}
         last = output.strip().rpartition("\n")[2]
         return {**(json.loads(last) if last.startswith("{") else {}), TIME: seconds}
@@ -215,11 +215,11 @@ def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, An
 
     Times to the target are means, and compared only if the mean accuracies reached it.
     """
-    median = {(row["part"], row["name"], row["unit"]): row["median"] for row in measurements}
-    mean = _means(measurements)
+    medians = {(row["part"], row["name"], row["unit"]): row["median"] for row in measurements}
+    means = {(row["name"], row["unit"]): row["mean"] for row in measurements}
     pairs: dict[str, tuple[float | None, float | None]] = {}
     for precision in PRECISIONS:
-        speeds = {name: value for (part, name, _), value in median.items() if part == "training" and precision in name}
+        speeds = {name: value for (part, name, _), value in medians.items() if part == "training" and precision in name}
         ours, raw = (speeds.pop(f"{name}, {precision}", None) for name in ("this project", "raw PyTorch"))
         achieved = ours and ours * machine["operations_per_image"]
         rate = machine.get(f"FLOP/s, {precision}")
@@ -229,9 +229,9 @@ def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, An
         pairs[f"training, {precision}: speed over raw PyTorch"] = ours, raw
         pairs[f"training, {precision}: fraction of the matrix-product rate"] = achieved, rate
     example, fast = "PyTorch's example", "recipe fast"
-    if min(mean.get((name, ACCURACY), 0.0) for name in (example, fast)) >= TARGET:
+    if min(means.get((name, ACCURACY), 0.0) for name in (example, fast)) >= TARGET:
         name = f"command to {TARGET:.0%} on test images: time of PyTorch's example over recipe fast"
-        pairs[name] = mean.get((example, TIME)), mean.get((fast, TIME))
+        pairs[name] = means.get((example, TIME)), means.get((fast, TIME))
     for name, part, above, below in (
         ("prediction: time of one by one over predict_dir.py", "prediction", "one by one", "predict_dir.py"),
         ("scaling: speed of 2 processes over 1", "scaling", "2 processes", "1 process"),
@@ -239,13 +239,8 @@ def compute_ratios(measurements: Sequence[dict[str, Any]], machine: dict[str, An
         ("start: one step over the imports", "startup", "train.py --max-steps 1", "import torch, accelerate"),
     ):
         unit = UNITS[part][0]
-        pairs[name] = median.get((part, above, unit)), median.get((part, below, unit))
+        pairs[name] = medians.get((part, above, unit)), medians.get((part, below, unit))
     return [{"name": name, "value": above / below} for name, (above, below) in pairs.items() if above and below]
-
-
-def _means(measurements: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """By the name and the unit."""
-    return {(row["name"], row["unit"]): statistics.fmean(row["values"]) for row in measurements}
 
 
 def as_table(results: dict[str, Any]) -> str:
@@ -281,8 +276,8 @@ def draw_benchmark(results: dict[str, Any]) -> "np.ndarray":
     from mnist_accel.figures import BLUE, GREY, VERMILION, pixels_of, styled_figure
 
     colour = {"this project": BLUE, "recipe fast": BLUE, "raw PyTorch": GREY}
-    means = _means(results["measurements"]).items()
-    missed = {name: f"{name}, missed: {mean:.2%}" for (name, unit), mean in means if unit == ACCURACY and mean < TARGET}
+    short = [row for row in results["measurements"] if row["unit"] == ACCURACY and row["mean"] < TARGET]
+    missed = {row["name"]: f"{row['name']}, missed: {row['mean']:.2%}" for row in short}
     panels = []
     for title, part, unit, ending in (
         *((f"Training, {name}: images a second", "training", SPEED, f", {name}") for name in PRECISIONS),
@@ -297,8 +292,7 @@ def draw_benchmark(results: dict[str, Any]) -> "np.ndarray":
         for axes, (title, unit, ending, rows) in zip(all_axes, panels, strict=True):
             names = [row["name"].removesuffix(ending) for row in rows]
             colours = [colour.get(name, VERMILION) for name in names]
-            numbers = np.array([(row["median"], min(row["values"]), max(row["values"])) for row in rows])
-            medians, lowest, highest = numbers.T
+            medians, lowest, highest = np.array([(r["median"], min(r["values"]), max(r["values"])) for r in rows]).T
             ranges = (medians - lowest, highest - medians)
             labels = [missed.get(name, name) for name in names]
             bars = axes.barh(labels, medians, xerr=ranges, color=colours, height=0.7, error_kw={"elinewidth": 1})

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import fmean, median
 
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "benchmark.py"
 
 
 def measurement(part: str, name: str, unit: str, *values: float) -> dict:
-    return {"part": part, "name": name, "unit": unit, "median": sorted(values)[len(values) // 2], "values": values}
+    return {"part": part, "name": name, "unit": unit, "median": median(values), "mean": fmean(values), "values": values}
 
 
 def accuracies(fast: float, example: float) -> list[dict]:
