@@ -22,8 +22,6 @@ FAINT = 40  # of 255: what is no brighter takes no room
 SIGNS = "AEFHKMNPRTVWXfkmnwx#%@*=+"
 FONTS = (0, 1, 2, 3, 4, 6, 7)  # of OpenCV's Hershey fonts, those drawn for reading
 
-Digits = np.ndarray
-
 
 def with_non_digits(split: Split, count: int, seed: int) -> Split:
     """`split` with `count` more images, labelled `NO_DIGIT`, equally many of each kind in `KINDS`."""
@@ -44,7 +42,7 @@ def _in_box(ink: np.ndarray) -> np.ndarray:
     return result
 
 
-def several_digits(digits: Digits, random: np.random.Generator) -> np.ndarray:
+def several_digits(digits: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Two to four digits in a row, as close as handwriting or apart."""
     row, end = np.zeros((SIZE + 12, 6 * SIZE), np.uint8), SIZE
     for image in digits[random.integers(len(digits), size=random.integers(2, 5))]:
@@ -56,7 +54,7 @@ def several_digits(digits: Digits, random: np.random.Generator) -> np.ndarray:
     return _in_box(row)
 
 
-def writing(_: Digits, random: np.random.Generator) -> np.ndarray:
+def writing(_: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """One to four letters or signs."""
     text = "".join(random.choice(list(SIGNS), size=random.choice([1, 1, 1, 2, 3, 4])))
     font, thickness = int(random.choice(FONTS)), int(random.integers(2, 10))
@@ -65,7 +63,7 @@ def writing(_: Digits, random: np.random.Generator) -> np.ndarray:
     return _in_box(canvas)
 
 
-def scribble(_: Digits, random: np.random.Generator) -> np.ndarray:
+def scribble(_: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """A pen that wanders, in straight lines or curves."""
     canvas = np.zeros((CANVAS, CANVAS), np.uint8)
     curved = random.random() < 0.5
@@ -79,7 +77,7 @@ def scribble(_: Digits, random: np.random.Generator) -> np.ndarray:
     return _in_box(canvas)
 
 
-def solid(_: Digits, random: np.random.Generator) -> np.ndarray:
+def solid(_: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """One filled shape about as wide as high, or several."""
     canvas = np.zeros((CANVAS, CANVAS), np.uint8)
     for _shape in range(int(random.choice([1, 1, 2, 3]))):
@@ -95,7 +93,7 @@ def solid(_: Digits, random: np.random.Generator) -> np.ndarray:
     return _in_box(canvas)
 
 
-def texture(_: Digits, random: np.random.Generator) -> np.ndarray:
+def texture(_: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Noise of any grain, stripes, checks: as they are, or as whatever is found in them when they are read."""
     side = SIZE if random.random() < 0.5 else CANVAS
     kind = random.integers(4)
@@ -116,5 +114,5 @@ def texture(_: Digits, random: np.random.Generator) -> np.ndarray:
     return found if found.any() else cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
 
 
-Picture = Callable[[Digits, np.random.Generator], np.ndarray]
+Picture = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 KINDS: tuple[Picture, ...] = (several_digits, writing, scribble, solid, texture)

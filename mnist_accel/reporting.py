@@ -47,13 +47,6 @@ class Reporter:
         if config.push_to_hub and get_token() is None:
             self.say("warning: --push-to-hub needs a login: run `hf auth login` before training ends")
 
-    def warn_of_other_precision(self, checkpoint: dict[str, Any] | None) -> None:
-        """Say so where a checkpoint was trained in another precision: the numbers are not those of one run then."""
-        now = self.accelerator.mixed_precision
-        then = (checkpoint or {}).get("mixed_precision", now)
-        if then != now:
-            self.say(f"warning: the checkpoint is of mixed precision {then}, and goes on in {now}: numbers will differ")
-
     def start_trackers(self, folder: Path, resumed_step: int | None) -> None:
         """Start the tracker that `--report-to` names, TensorBoard in `folder`/tensorboard.
 
