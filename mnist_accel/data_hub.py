@@ -27,7 +27,7 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
     try:
         # Streaming reads the files where they are; `datasets` would copy them all into its own cache first.
         with tempfile.TemporaryDirectory() as locks:
-            own = None if config else _splits_of_classes(folder)
+            own = None if config else _files_by_split(folder)
             splits = datasets.load_dataset(str(folder), config or None, data_files=own, streaming=True, cache_dir=locks)
             test = "test" if "test" in splits else "validation"
             if "train" not in splits or test not in splits:
@@ -47,8 +47,8 @@ def load_folder(name: str, folder: Path, config: str) -> ImageData:
     return check_data(train, held_out, class_names, name if test == "test" else f"{name} (tested on validation)")
 
 
-def _splits_of_classes(folder: Path) -> dict[str, list[str]] | None:
-    """Which files of a user's folder are of which split, where they lie in folders `split/class/`.
+def _files_by_split(folder: Path) -> dict[str, list[str]] | None:
+    """Which files of a user's folder are of which split, where each split has a folder.
 
     `datasets` looks for a split's name in the whole path, and a class may be called train. It takes a path for a
     pattern, and enters a link to a folder only where the pattern begins with it.
@@ -56,9 +56,8 @@ def _splits_of_classes(folder: Path) -> dict[str, list[str]] | None:
     names = [split for split in ("train", "test", "validation") if (folder / split).is_dir()]
     if "train" not in names or len(names) < 2 or (folder / "README.md").exists():
         return None
-    in_folders = any(path.is_dir() for path in (folder / "train").iterdir())
     roots = {split: [folder / split, *filter(Path.is_symlink, sorted((folder / split).glob("*/")))] for split in names}
-    return {s: [f"{glob.escape(str(path))}/**" for path in roots[s]] for s in names} if in_folders else None
+    return {split: [f"{glob.escape(str(path))}/**" for path in roots[split]] for split in names}
 
 
 def _columns(features: dict[str, Any], name: str) -> tuple[str, str, list[str]]:
