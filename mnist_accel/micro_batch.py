@@ -1,11 +1,9 @@
 """Micro-batches: finding, together with all ranks, a size that fits into memory; room for their gradients."""
 
-import gc
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,9 +51,7 @@ def _fits(accelerator: Accelerator, model: nn.Module, images: Tensor, labels: Te
         return False
     finally:
         model.zero_grad(set_to_none=True)
-        gc.collect()
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
 
 def allocate_gradients(model: nn.Module) -> None:

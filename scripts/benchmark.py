@@ -10,7 +10,7 @@ from mnist_accel.benchmark import DRAWN, Benchmark, as_table, draw_benchmark
 from mnist_accel.cli import CommandLine, UserError, counted, run_script
 
 
-def main() -> int:
+def main() -> None:
     parser = CommandLine(description=__doc__)
     for field in fields(Benchmark):
         if field.metadata:
@@ -35,7 +35,6 @@ def main() -> int:
         write_picture(draw_benchmark(results), figure)
     if results["failures"]:
         raise UserError(f"{counted(len(results['failures']), 'process')} failed: {'; '.join(results['failures'])}")
-    return 0
 
 
 if __name__ == "__main__":

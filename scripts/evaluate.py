@@ -6,7 +6,7 @@ from pathlib import Path
 from mnist_accel.cli import DATASET_HELP, MODEL_HELP, CommandLine, is_first_rank, run_script
 
 
-def main() -> int:
+def main() -> None:
     parser = CommandLine(description=__doc__)
     parser.add_argument("--model", nargs="+", help=f"one, or several that are averaged as an ensemble: {MODEL_HELP}")
     parser.add_argument("--dataset", help=DATASET_HELP)
@@ -27,7 +27,7 @@ def main() -> int:
         picture_format(picture)
     device = PartialState().device
     if not is_first_rank():
-        return 0  # seconds of work: one process does it, however many were launched
+        return  # seconds of work: one process does it, however many were launched
     models, data = load_for_evaluation(options.model, options.dataset)
     split = data.test if options.split == "test" else data.train
     described = []
@@ -51,7 +51,6 @@ def main() -> int:
         write_picture(mistakes, options.mistakes)
     if options.confusion:
         write_picture(draw_confusion_matrix(result.confusion, data.class_names), options.confusion)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, is_first_rank, r
 ENDINGS = {"torchscript": ".pt", "onnx": ".onnx", "torch-export": ".pt2"}
 
 
-def main() -> int:
+def main() -> None:
     parser = CommandLine(description=__doc__)
     parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--format", required=True, choices=list(ENDINGS), help="onnx needs the `export` extra")
     parser.add_argument("--output", type=Path, help="the file to write (default: model.pt, model.onnx or model.pt2)")
     options = parser.parse_args()
     if not is_first_rank():
-        return 0  # seconds of work: one process does it, however many were launched
+        return  # seconds of work: one process does it, however many were launched
 
     from mnist_accel.export import CHECKED_BATCH_SIZES, export_model
     from mnist_accel.models import load_model
@@ -30,7 +30,6 @@ def main() -> int:
     print(f"model    {name} ({model.name}, {len(model.class_names)} classes)")
     print(f"written  {output}, {output.stat().st_size:,} bytes")
     print(f"checked  with batches of {sizes} images: no logit differs by more than {difference:.2g}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from mnist_accel.cli import COUNT, DATASET_HELP, MODEL_HELP, CommandLine, is_fir
 MOST = 1000  # a picture of more is too large to look at
 
 
-def main() -> int:
+def main() -> None:
     parser = CommandLine(description=__doc__)
     parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--dataset", help=DATASET_HELP)
@@ -27,7 +27,7 @@ def main() -> int:
     picture_format(options.output)
     device = PartialState().device
     if not is_first_rank():
-        return 0
+        return
     models, data = load_for_evaluation(options.model and [options.model], options.dataset)
     total, names = len(data.test.labels), data.class_names
     chosen = Random(options.seed).sample(range(total), min(options.num_samples, total))
@@ -45,7 +45,6 @@ def main() -> int:
     print(f"{result.correct} of {result.total} right")
     write_picture(draw_samples(samples.images, samples.labels, result.probabilities, names), options.output)
     print(f"drawn to {options.output}")
-    return 0
 
 
 if __name__ == "__main__":
