@@ -1,5 +1,6 @@
 """A folder of images -> a stream of rows, one per file in the order of paths -> a file."""
 
+import json
 import math
 import os
 import sys
@@ -128,19 +129,16 @@ def _described(model: str, network: "DigitClassifier", as_is: bool) -> str:
 
 def default_model() -> Path:
     """The newest runs/*/best below the current folder, runs on `digits` aside; else the weights in the package."""
-    import yaml
-
-    from mnist_accel.models import SHIPPED, WEIGHTS_NAME
+    from mnist_accel.models import CONFIG_NAME, SHIPPED, WEIGHTS_NAME
 
     newest = (0.0, SHIPPED)
     for best in Path("runs").glob("*/best"):
         try:
             written = (best / WEIGHTS_NAME).stat().st_mtime
-            config = best.parent / "config.yaml"
-            options = yaml.safe_load(config.read_text()) if config.is_file() else {}
-        except (OSError, ValueError, yaml.YAMLError):
+            dataset = json.loads((best / CONFIG_NAME).read_text()).get("dataset")
+        except (OSError, ValueError, AttributeError):
             continue
-        if not (isinstance(options, dict) and options.get("dataset") == "digits"):
+        if dataset != "digits":
             newest = max(newest, (written, best))
     return newest[1]
 

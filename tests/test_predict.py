@@ -339,8 +339,7 @@ def test_the_default_model_is_the_newest_run_that_is_not_on_digits(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert default_model() == SHIPPED
     for age, (name, dataset) in enumerate([("c", "digits"), ("a", "ylecun/mnist"), ("b", "ylecun/mnist")]):
-        save_model(build_model("mnist_net"), Path("runs") / name / "best")
-        (Path("runs") / name / "config.yaml").write_text(f"dataset: {dataset}\n")
+        save_model(build_model("mnist_net"), Path("runs") / name / "best", dataset=dataset)
         os.utime(Path("runs") / name / "best" / "model.safetensors", (1e9 - age, 1e9 - age))
     assert default_model() == Path("runs/a/best")
 
