@@ -31,10 +31,7 @@ THUMBNAIL = 56  # longest side, in pixels, of the picture of a file that a conta
 TOGETHER = 32
 # Files that are read before they are asked for, as many as small files take while torch is imported (13 MB of digits).
 AHEAD = 16_384
-# Ctrl-C is for the process that asks, from the first moment.
-PROGRAM = (
-    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nfrom mnist_accel.image_files import serve; serve()"
-)
+PROGRAM = "from mnist_accel.image_files import serve; serve()"
 
 
 def find_images(folder: str | Path, leaving_out: Path | None = None) -> tuple[list[bytes], int]:
@@ -132,7 +129,8 @@ class Readers:
     def _start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-P", "-c", PROGRAM]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=self._environment)
+        # In a group of its own: Ctrl-C is for the process that asks.
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=self._environment, process_group=0)
         self._all.append(process)
         return process
 
