@@ -59,8 +59,7 @@ class ResidentLoader:
         micro_batches: how many parts (gradient accumulation steps) that share is split into.
         dropout, features: which part of so many numbers an image is dropped before a network's last layer.
 
-    Raises:
-        SharedError: `batch_size` does not divide evenly.
+    Raises a `SharedError` where `batch_size` does not divide evenly.
     """
 
     def __init__(

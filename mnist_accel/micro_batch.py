@@ -20,11 +20,8 @@ def halvings_to_fit(
     the same in every step, so what fits once fits always. (Accelerate's `find_executable_batch_size` shrinks on one
     rank without telling the others.)
 
-    Args:
-        images, labels, mask: the whole micro-batch of a step, as in `StepBatch`.
-
-    Raises:
-        SharedError: the micro-batch does not fit and cannot be halved further.
+    Images, labels and mask are the whole micro-batch of a step, as in `StepBatch`. Raises a `SharedError` where it does
+    not fit and cannot be halved further.
     """
     halvings = 0
     while True:

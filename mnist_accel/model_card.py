@@ -16,9 +16,7 @@ from mnist_accel.models import DigitClassifier, count_parameters
 def model_card(model: DigitClassifier, facts: dict[str, Any]) -> str:
     """A model card in the Hub's format, metadata included.
 
-    Args:
-        model: the network.
-        facts: as `Trainer` records them; where these weights were chosen on another split, `test_accuracy` too.
+    The facts are those that `Trainer` records, and `test_accuracy` where the weights were chosen on another split.
     """
     split, accuracy, task = facts["split"], facts["accuracy"], "image-classification"
     hub_id = hub_dataset(facts["dataset"])

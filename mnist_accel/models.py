@@ -260,12 +260,9 @@ def save_model(model: DigitClassifier, folder: Path, /, **facts: Any) -> None:
 def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
     """The network of a weights folder in eval mode on the CPU; reads safetensors and JSON only, never a pickle.
 
-    Args:
-        path_or_hub_id: a folder with `model.safetensors` and `config.json`, a run's folder (its `best/`, else its
-            `final/`), a Hub id `USER/NAME`, or None or "shipped" for the weights shipped in the package.
-
-    Raises:
-        UserError: nothing is there, or what is there is damaged or of another network.
+    The argument is a folder with `model.safetensors` and `config.json`, a run's folder (its `best/`, else `final/`), a
+    Hub id `USER/NAME`, or None or "shipped" for the weights shipped in the package. Raises a `UserError` where nothing
+    is there, or what is there is damaged or of another network.
     """
     folder = find_weights(path_or_hub_id)
     try:
