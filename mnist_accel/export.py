@@ -26,11 +26,11 @@ Runtime = Callable[[Tensor], Tensor]
 
 
 def export_model(model: DigitClassifier, file_format: str, output: Path) -> float:
-    """Write a model, on the CPU, for batches of any size, checked in the runtime that users load it with.
+    """Write a model on the CPU, in eval mode, for batches of any size, checked in the runtime that users load it with.
 
-    The file takes `images`, float32 (N, 1, 28, 28), and gives `logits`, float32 (N, C). The labels, the temperature and
-    a description of the input lie in it as metadata: ONNX `metadata_props`, and the extra file `metadata.json` in the
-    other two. `file_format` is a key of `FORMATS`; `output` in .pt2 is for `torch.export.load`.
+    The file takes `images`, float32 (N, 1, 28, 28) in 0..1, and gives `logits`, float32 (N, C). The labels, the
+    temperature and a description of the input lie in it as metadata: ONNX `metadata_props`, and the extra file
+    `metadata.json` in the other two. `file_format` is a key of `FORMATS`; a .pt2 is for `torch.export.load`.
 
     Returns the largest difference of any logit between file and model, over batches of 1, 7 and 64 images. Raises a
     `UserError` where a package is missing, or that difference is 1e-4 or more: what was in `output` then stays.

@@ -105,10 +105,11 @@ class RunFolder:
 
     def close(self) -> None:
         """The run is over: nothing but what it leaves stays in the folder, and another training may begin there."""
-        if self._lock is not None and self._lock.is_locked:
+        if self._lock is not None:
             with suppress(OSError):  # before it is unlocked: who waits for this file then locks the next one
                 (self.path / LOCK_NAME).unlink()
             self._lock.release()
+            self._lock = None
 
     def _begin(self, config: TrainConfig, fingerprint: str, last_step: int) -> dict[str, Any] | None:
         candidates, elsewhere = [], False
@@ -152,15 +153,16 @@ class RunFolder:
     def _keep_others_out(self) -> None:
         """Keep other trainings out of the folder while this process lives, where the file system can."""
         # Without real locks nothing is locked: a mere file would outlive a process that is killed.
-        self._lock = FileLock(self.path / LOCK_NAME, timeout=LOCK_SECONDS, fallback_to_soft=False)
+        lock = FileLock(self.path / LOCK_NAME, timeout=LOCK_SECONDS, fallback_to_soft=False)
         try:
-            self._lock.acquire()
+            lock.acquire()
         except Timeout as error:
             raise UserError(
                 f"another process is training in {self.path}: wait for its end, or choose another --output-dir"
             ) from error
         except OSError:  # no locks here; or the folder cannot be written, which is told when it is written
             pass
+        self._lock = lock
 
     def _started_with(self) -> dict[str, Any]:
         """Options and data as `config.yaml` has them, under a checkpoint's names; nothing where it is unreadable."""
@@ -201,10 +203,8 @@ class RunFolder:
     def write_files(self, name: str, files: dict[str, bytes]) -> None:
         """Files of the run's folder, or of the folder `name` in it, name to content, each replaced whole."""
         folder = self.path / name
-        with (
-            writing(folder, ANOTHER_FOLDER),
-            ExitStack() as all_or_none,
-        ):  # each takes its place only once all are written
+        # Each takes its place only once all are written.
+        with writing(folder, ANOTHER_FOLDER), ExitStack() as all_or_none:
             if name:  # a run's own folder that has gone is not made again
                 folder.mkdir(exist_ok=True)
             for file, content in files.items():

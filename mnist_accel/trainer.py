@@ -273,9 +273,7 @@ class Trainer:
                 checkpoint = self.folder.open(self.config, self.data.fingerprint, self.last_step)
                 now = self.accelerator.mixed_precision
                 if checkpoint and (then := checkpoint["mixed_precision"]) != now:
-                    self.reporter.say(
-                        f"warning: the checkpoint is of mixed precision {then}: in {now} numbers will differ"
-                    )
+                    self.reporter.say(f"warning: the checkpoint is of mixed precision {then}: in {now} numbers differ")
                 self.folder.write_config(self.config, self.data, self.accelerator)
             self.reporter.start_trackers(self.folder.path, checkpoint["state"]["step"] if checkpoint else None)
         return broadcast_object_list([checkpoint])[0]

@@ -277,7 +277,7 @@ def test_going_on_in_another_precision_is_said(small_dataset, tmp_path):
     train([*run, "--max-steps", "5"], tmp_path / "logs")
     resumed = [*run, "--resume", "auto", "--max-steps", "7"]
     job = train(resumed, tmp_path / "logs", environment={"ACCELERATE_MIXED_PRECISION": "bf16"})
-    assert "warning: the checkpoint is of mixed precision no: in bf16 numbers will differ" in job.output()
+    assert "warning: the checkpoint is of mixed precision no: in bf16 numbers differ" in job.output()
     assert (
         "warning" not in train(resumed, tmp_path / "logs", environment={"ACCELERATE_MIXED_PRECISION": "bf16"}).output()
     )

@@ -34,10 +34,11 @@ def died_early(tmp_path: Path) -> RunFolder:
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(died_early):
-    assert died_early.open(CONFIG, "the same", 100) is None
-    for damaged in (b"{ half of", b"model: \xff\xfe\x80"):
-        (died_early.path / "config.yaml").write_bytes(damaged)
+    for damage in (None, b"{ half of", b"model: \xff\xfe\x80"):
+        if damage:
+            (died_early.path / "config.yaml").write_bytes(damage)
         assert died_early.open(CONFIG, "the same", 100) is None
+        died_early.close()
 
 
 def test_a_run_that_died_before_its_first_checkpoint_is_not_taken_over_by_another(died_early):
@@ -182,6 +183,7 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path):
     folder = RunFolder(tmp_path)
     write_checkpoint(folder.checkpoints, 100, content, keep=1)
     assert folder.open(CONFIG, "data", 100) == content
+    folder.close()
     with pytest.raises(UserError, match="of step 100, and 99 steps are asked for: give more --epochs"):
         folder.open(CONFIG, "data", 99)
 
