@@ -43,9 +43,9 @@ def _within(seconds: float, call: Callable[..., Any], *args: Any, **kwargs: Any)
 
 
 def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = "model") -> Path:
-    """The local folder with these files, or all, of a repository; as cached where the Hub is out of reach.
+    """The local folder with those of these files, or of all, that a repository has; as cached where the Hub is away.
 
-    `kind` is "model" or "dataset". Raises a `UserError` where neither the Hub nor the cache gives all of `names`.
+    `kind` is "model" or "dataset". Raises a `UserError` where neither the Hub nor the cache has the repository.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -58,15 +58,11 @@ def download_files(hub_id: str, names: Sequence[str] | None = None, kind: str = 
     try:
         _within(CACHED_SECONDS if folder else HUB_SECONDS, HfApi().repo_info, hub_id, repo_type=kind)
         folder = fetch()
-        if missing := [name for name in names or () if not Path(folder, name).is_file()]:
-            raise UserError(f"{hub_id} on the Hub has no {' and '.join(missing)}: {WAYS_ON[kind]}")
     except RepositoryNotFoundError as error:
         raise UserError(
             f"unknown {what} {hub_id}: no such folder, and the Hub has no such {what}, or it is private or gated: "
             "accept its terms there and log in with `hf auth login`, or choose another"
         ) from error
-    except UserError:
-        raise
     except Exception as error:  # of the disk, of the client and of its transport
         if not folder:
             raise UserError(

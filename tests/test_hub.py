@@ -103,7 +103,7 @@ def test_a_model_that_the_hub_does_not_have_is_told(hub):
 
 def test_a_repository_without_weights_is_told(hub):
     del hub.models["test/digits"]["model.safetensors"]
-    refused("test/digits", "test/digits", "Hub", "model.safetensors")
+    refused("test/digits", "models--test--digits", "No such file", "model.safetensors", "another model")
 
 
 def test_a_gated_model_is_told_with_the_way_in(hub):
