@@ -214,12 +214,7 @@ MODELS: dict[str, Callable[[int, float], DigitClassifier]] = {
 
 
 def build_model(name: str, class_names: list[str] = DIGITS, dropout: float = 0.5) -> DigitClassifier:
-    """A freshly initialised network in train mode; it draws from torch's global generator.
-
-    Raises a `UserError` where there is no network of this name.
-    """
-    if name not in MODELS:
-        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    """A freshly initialised network in train mode, of a name in `MODELS`; it draws from torch's global generator."""
     model = MODELS[name](len(class_names), dropout)
     model.name, model.class_names = name, list(class_names)
     return model
