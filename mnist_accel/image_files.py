@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import stat
 import subprocess
 import sys
 import warnings
@@ -38,15 +39,14 @@ def find_images(folder: str | Path, leaving_out: Path | None = None) -> tuple[li
     """The image files below a folder, by their endings: paths relative to it, `/` between parts, sorted.
 
     Also returns how many folders could not be read: each is named on stderr and left out. So are, without a word, the
-    file `leaving_out`, hidden files and folders, and links to folders (they can form loops); links to files are
-    followed. Raises a `UserError` where there is no such folder, or no image in it.
+    file `leaving_out`, hidden files and folders, links to folders (they can form loops), pipes, sockets and devices;
+    links to files are followed. Raises a `UserError` where there is no such folder, or no image in it.
     """
+    root = os.path.join(os.fsencode(folder), b"")
     if os.path.isfile(folder):
         raise UserError(f"{folder} is a file: give the folder that it is in")
-    if not os.path.isdir(folder):
+    if not os.path.isdir(root):
         raise UserError(f"no folder {folder}: give a folder of images")
-    root = os.path.join(os.path.realpath(os.fsencode(folder)), b"")
-    own = leaving_out and os.path.realpath(os.fsencode(leaving_out))
 
     def passed_over(error: OSError) -> None:
         if error.filename == root:
@@ -55,17 +55,26 @@ def find_images(folder: str | Path, leaving_out: Path | None = None) -> tuple[li
         below = readable(error.filename.removeprefix(root))
         print(f"warning: skipped the folder {below}/: {error.strerror}", file=sys.stderr)
 
+    own = leaving_out.stat() if leaving_out is not None and leaving_out.exists() else None
     found: list[bytes] = []
     skipped: list[OSError] = []
     for parent, folders, files in os.walk(root, onerror=passed_over):
         folders[:] = [name for name in folders if not name.startswith(b".")]
         for name in files:
             path = os.path.join(parent, name)
-            if not name.startswith(b".") and name.lower().endswith(IMAGE_ENDINGS) and path != own:
+            if not name.startswith(b".") and name.lower().endswith(IMAGE_ENDINGS) and _wanted(path, own):
                 found.append(path.removeprefix(root))
     if not found:
         raise UserError(f"no images in {folder}: it should hold files such as .png or .jpg, in subfolders too")
     return sorted(found, key=lambda path: (readable(path), path)), len(skipped)
+
+
+def _wanted(path: bytes, leaving_out: os.stat_result | None) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return True  # a dangling link: the user should see its row
+    return stat.S_ISREG(status.st_mode) and not (leaving_out and os.path.samestat(status, leaving_out))
 
 
 def readable(path: bytes) -> str:
