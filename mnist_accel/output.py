@@ -1,17 +1,20 @@
 """Write rows of predictions to a file that is complete or not there at all."""
 
 import csv
+import glob
 import json
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from mnist_accel.cli import UserError
@@ -59,8 +62,12 @@ def replacing(path: Path) -> Iterator[Path]:
         # A pipe or a device cannot be replaced, only written to.
         yield path
         return
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+    target, host = path.resolve(), socket.gethostname()
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*@{glob.escape(host)}.tmp"):
+        process = left.name.removesuffix(f"@{host}.tmp").rpartition(".")[2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):  # it was killed, on this host
+            left.unlink(missing_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}@{host}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -118,7 +125,9 @@ def write_table(rows: Iterable[dict[str, Any]], output: str, columns: dict[str, 
 
 def _write_csv(rows: Iterable[dict[str, Any]], path: Path | int, columns: dict[str, type]) -> None:
     with open(path, "w", encoding="utf-8", newline="", closefd=not isinstance(path, int)) as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        # The writer quotes only those line ends that it uses itself, \r\n, and a name can hold a carriage return.
+        plain_newlines: Any = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        writer = csv.DictWriter(plain_newlines, list(columns))
         writer.writeheader()
         writer.writerows(rows)
 

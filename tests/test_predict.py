@@ -196,7 +196,7 @@ def test_two_processes_write_the_same_file_byte_for_byte(many, model, tmp_path):
 
 
 @pytest.mark.parametrize("killed", [0])  # the one that writes; 1 passes as well and takes as long
-def test_a_rank_killed_in_the_middle_leaves_the_old_file(killed, model, tmp_path):
+def test_a_rank_killed_in_the_middle_leaves_the_old_file_and_the_next_run_clears_up(killed, model, tmp_path):
     folder, out = tmp_path / "images", tmp_path / "out"
     folder.mkdir(), out.mkdir()
     (out / "p.csv").write_text("old")
@@ -217,6 +217,10 @@ def test_a_rank_killed_in_the_middle_leaves_the_old_file(killed, model, tmp_path
     survivor = ranks[1 - killed]
     assert survivor.returncode == 2 and ranks[killed].returncode == -9, outputs
     assert (out / "p.csv").read_text() == "old", outputs
+    (tmp_path / "few").mkdir()
+    (folder / "first.png").rename(tmp_path / "few" / "first.png")
+    assert len(run(tmp_path / "few", model, out / "p.csv")) == 1
+    assert [file.name for file in out.iterdir()] == ["p.csv"]
 
 
 def test_only_so_many_files_are_read_ahead():
@@ -456,7 +460,7 @@ def test_an_unreadable_folder_is_named_and_passed_over(folder, monkeypatch, caps
 def test_strange_names_survive_every_format(model, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    names = [b'a,"b".png', b"a\nb.png", "ä 数.png".encode(), b"\xff\xfe.png", b"=1+1.png"]
+    names = [b'a,"b".png', b"a\nb.png", b"a\rb.png", "ä 数.png".encode(), b"\xff\xfe.png", b"=1+1.png"]
     for name in names:
         with open(os.path.join(os.fsencode(folder), name), "wb") as file:
             Image.fromarray(paint(draw(4, 60, 60))).save(file, format="PNG")
@@ -465,11 +469,6 @@ def test_strange_names_survive_every_format(model, tmp_path):
     assert [row["path"] for row in rows] == expected and all(row["prediction"] for row in rows)
     predict_folder(folder, model=str(model), output=str(tmp_path / "out.parquet"))
     assert parquet.read_table(tmp_path / "out.parquet")["path"].to_pylist() == expected
-
-
-def test_an_empty_folder_name_is_not_the_current_folder():
-    with pytest.raises(UserError, match="no folder"):
-        find_images("")
 
 
 def test_a_folder_without_images_is_the_users_mistake(tmp_path):
