@@ -81,6 +81,8 @@ def _check_launch(accelerator: Accelerator) -> None:
         raise UserError(
             f"no mixed precision {precision} on {device}: launch with --mixed_precision {' or '.join(supported)}"
         )
+    if accelerator.gradient_accumulation_steps < 1:
+        raise UserError("the launcher asks for less than one gradient accumulation step: launch with 1 or more")
 
 
 def use_all_cores() -> None:

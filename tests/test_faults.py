@@ -190,6 +190,7 @@ def test_out_of_memory_with_a_single_image_is_an_error(small_dataset, tmp_path):
         (["--report-to", "carrier-pigeon"], {}, ["carrier-pigeon"]),
         ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, ["fp16", "bf16"]),
         ([], {"ACCELERATE_MIXED_PRECISION": "fp61"}, ["fp61", "bf16"]),
+        ([], {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "0"}, ["gradient accumulation", "1 or more"]),
         ([], {"ACCELERATE_USE_FSDP": "true"}, ["FSDP is not supported", "--multi_gpu"]),
         ([], {"WORLD_SIZE": "two"}, ["cannot start so", "two"]),
         ([], {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_CPU": "false"}, ["2 processes", "ACCELERATE_USE_CPU"]),
