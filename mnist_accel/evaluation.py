@@ -102,9 +102,17 @@ class Evaluation:
 
 
 def evaluate(models: list[DigitClassifier], split: Split, class_names: list[str], device: torch.device) -> Evaluation:
-    """Measure the mean of the probabilities of models, at least one, all of these classes; moves them to `device`."""
-    logits = [predict_logits(model.to(device), split.images, device).cpu() for model in models]
-    return _measure(logits, models, split.labels, class_names)
+    """Measure the mean of the probabilities of models, at least one, with as many classes; moves them to `device`.
+
+    Classes are matched by their names, and by their places where a model calls them otherwise.
+    """
+
+    def answers(model: DigitClassifier) -> Tensor:
+        own = model.class_names if set(model.class_names) == set(class_names) else class_names
+        columns = [own.index(name) for name in class_names]
+        return predict_logits(model.to(device), split.images, device).cpu()[:, columns]
+
+    return _measure([answers(model) for model in models], models, split.labels, class_names)
 
 
 def evaluate_on_all_ranks(accelerator: Accelerator, model: DigitClassifier, split: Split) -> tuple[Evaluation, Tensor]:
@@ -156,6 +164,6 @@ def load_for_evaluation(models: list[str] | None, dataset: str | None) -> tuple[
                 f"{path}{'' if models else ', the newest run here,'} has {own}, the data set {given}: choose --model "
                 "and --dataset that belong together"
             )
-        if model.class_names != data.class_names:
+        if set(model.class_names) != set(data.class_names):
             print(f"note: the model has {own}, the data set {given}", file=sys.stderr)
     return loaded, data

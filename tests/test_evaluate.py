@@ -107,6 +107,21 @@ def test_the_same_model_twice_is_the_model(split):
     assert once.loss == pytest.approx(twice.loss)
 
 
+def test_classes_of_a_model_that_lists_them_in_another_order_are_matched_by_name(split, tmp_path, capsys):
+    """As where one was trained on a Hub data set and the other on a folder, whose classes are sorted."""
+    first, second, turned = make_model(0), make_model(1), make_model(1)
+    turned.class_names = DIGITS[::-1]
+    with torch.no_grad():
+        for parameter in turned.linear2.parameters():
+            parameter.copy_(parameter.flip(0))
+    result, expected = (evaluate([first, each], split, DIGITS, CPU) for each in (turned, second))
+    torch.testing.assert_close(result.probabilities, expected.probabilities)
+    assert result.single_accuracies == expected.single_accuracies and result.loss == pytest.approx(expected.loss)
+    save_model(turned, tmp_path)
+    load_for_evaluation([str(tmp_path)], "digits")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_class_that_never_occurs_has_no_recall_in_json_and_a_dash_in_text():
     split = Split(torch.zeros(3, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 1]))
     result = evaluate([make_model(0)], split, DIGITS, CPU)
