@@ -160,6 +160,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot show
     # TensorBoard's thread keeps what befell it, a full disk say, for the next call: told here, it would be told twice.
     threading.excepthook = lambda of: None if isinstance(of.exc_value, OSError) else threading.__excepthook__(of)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun, and of `accelerate launch` with several processes
+        _end_with_launcher()
     os.environ["MPLBACKEND"] = "agg"  # a notebook exports its own, which is not installed here; nothing is shown
     try:
         status = main() or 0
@@ -186,6 +188,17 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     if status == 0 and distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
     _end_process(status)
+
+
+def _end_with_launcher() -> None:
+    """Have Linux send SIGTERM when the launcher dies, killed say.
+
+    Processes that had not met yet would wait half an hour for it, and others work on where nobody stops them.
+    """
+    import ctypes
+
+    with suppress(AttributeError, OSError, TypeError):  # of other systems
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of prctl.h
 
 
 def advice(error: OSError) -> str | None:

@@ -4,9 +4,11 @@ import csv
 import glob
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +70,12 @@ def replacing(path: Path) -> Iterator[Path]:
         if process.isdigit() and not psutil.pid_exists(int(process)):  # it was killed, on this host
             left.unlink(missing_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}@{host}.tmp")
+    # SIGTERM raises, as Ctrl-C does. Only here: it must still end a process that waits inside torch for the others.
+    unhandled = threading.current_thread() is threading.main_thread()
+    unhandled = unhandled and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     try:
+        if unhandled:
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -76,6 +83,8 @@ def replacing(path: Path) -> Iterator[Path]:
         flush_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        if unhandled:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def flush_folder(folder: Path) -> None:

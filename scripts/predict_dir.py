@@ -1,7 +1,5 @@
 """Predict the digit in every image of a folder and its subfolders: photos, scans, drawings, of any size and colour."""
 
-import signal
-import sys
 from pathlib import Path
 
 from mnist_accel.cli import MODEL_HELP, POSITIVE, CommandLine, run_script
@@ -32,8 +30,6 @@ def main() -> int:
 
     from mnist_accel.predict import predict_folder
 
-    # Raise, so that what was half written is removed, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return int(predict_folder(**options) > 0 and strict)
 
 
