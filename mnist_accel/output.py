@@ -1,6 +1,7 @@
 """Write rows of predictions to a file that is complete or not there at all."""
 
 import csv
+import errno
 import glob
 import json
 import os
@@ -43,7 +44,7 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: no folder {path.parent}; make it, or give another name")
     with writing(path):
         if path.is_file() or not path.exists():  # a pipe or a device is written to where it is
-            tempfile.TemporaryFile(dir=path.resolve().parent).close()
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
 
 
 @contextmanager
@@ -64,7 +65,9 @@ def replacing(path: Path) -> Iterator[Path]:
         # A pipe or a device cannot be replaced, only written to.
         yield path
         return
-    target, host = path.resolve(), socket.gethostname()
+    if path.exists() and not os.access(path, os.W_OK):  # a folder's rights are enough to replace it
+        raise PermissionError(errno.EACCES, "it is write-protected", str(path))
+    target, host = Path(os.path.realpath(path)), socket.gethostname()
     for left in target.parent.glob(f".{glob.escape(target.name)}.*@{glob.escape(host)}.tmp"):
         process = left.name.removesuffix(f"@{host}.tmp").rpartition(".")[2]
         if process.isdigit() and not psutil.pid_exists(int(process)):  # it was killed, on this host

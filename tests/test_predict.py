@@ -29,7 +29,7 @@ from mnist_accel.data import scale_image
 from mnist_accel.image_files import Readers, Seen, find_images, in_order, readable
 from mnist_accel.images import read_digit, resized
 from mnist_accel.models import DIGITS, SHIPPED, build_model, load_model, save_model
-from mnist_accel.output import WRITERS, write_table
+from mnist_accel.output import WRITERS, check_output, write_table
 from mnist_accel.predict import BATCH_SIZE, default_model, predict_folder
 from mnist_accel.sheet import _font as sheet_font
 from mnist_accel.sheet import draw_sheet
@@ -368,6 +368,26 @@ def test_a_run_that_fails_leaves_the_old_file_and_nothing_else(folder, model, tm
     with pytest.raises(KeyboardInterrupt):
         write_table(interrupted(), str(tmp_path / "out" / "p.jsonl"), {"path": str, "n": int})
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["p.csv"]
+
+
+def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
+    file = tmp_path / "p.csv"
+    file.write_text("old")
+    file.chmod(0o444)
+    # What the system says to everybody but root.
+    monkeypatch.setattr(os, "access", lambda path, _: bool(os.stat(path).st_mode & 0o200))
+    with pytest.raises(UserError, match=r"p\.csv: it is write-protected"):
+        write_table([], str(file), {"path": str})
+    assert file.read_text() == "old"
+
+
+def test_a_link_that_leads_nowhere_or_to_itself_is_no_obstacle(tmp_path):
+    for name, target in (("loop.csv", "loop.csv"), ("new.csv", "target.csv")):
+        (tmp_path / name).symlink_to(target)
+        check_output(str(tmp_path / name))
+        write_table([], str(tmp_path / name), {"path": str})
+        assert (tmp_path / name).read_text() == "path\n"
+    assert (tmp_path / "new.csv").is_symlink() and not (tmp_path / "loop.csv").is_symlink()
 
 
 @pytest.mark.parametrize(("options", "message"), [
