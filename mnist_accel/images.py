@@ -66,8 +66,8 @@ def see(folder: bytes, path: bytes, as_is: bool, with_picture: bool) -> Seen:
         pixels = read_image(os.fsdecode(os.path.join(folder, path)))
         digit = resized(pixels) if as_is else to_mnist(pixels)
         return Seen(readable(path), digit, thumbnail(pixels) if with_picture else None)
-    except ImageError as error:
-        return Seen(readable(path), error=str(error))
+    except Exception as error:  # also of memory, or of a file that vanishes meanwhile: no other row is lost
+        return Seen(readable(path), error=str(error) or type(error).__name__)
 
 
 def read_image(path: str | Path) -> np.ndarray:

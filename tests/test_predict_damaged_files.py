@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drawn_digits import draw, paint
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from mnist_accel.images import FORMATS, ImageError, read_digit
+from mnist_accel import images
+from mnist_accel.images import FORMATS, ImageError, read_digit, see
 from mnist_accel.models import build_model, save_model
 from mnist_accel.predict import predict_folder
 
@@ -91,3 +92,23 @@ def test_a_folder_of_damaged_files_is_read_to_its_end(tmp_path: Path):
     assert all(bool(row["error"]) != bool(row["prediction"]) for row in rows)
     assert all(not row["error"] for row in rows[2::3])
     assert 100 <= unreadable == sum(bool(row["error"]) for row in rows)
+
+
+def test_what_nobody_expected_of_a_file_costs_no_other_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "vanishes.png"
+    file.write_bytes(b"half of a download")
+
+    def identify(path: str, formats: list[str]):
+        file.unlink()
+        raise UnidentifiedImageError
+
+    def no_memory(pixels: np.ndarray):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", identify)
+        seen = see(bytes(tmp_path), b"vanishes.png", False, False)
+    assert seen.path == "vanishes.png" and seen.digit is None and "No such file" in seen.error
+    Image.new("L", (30, 30)).save(file)
+    monkeypatch.setattr(images, "to_mnist", no_memory)
+    assert see(bytes(tmp_path), b"vanishes.png", False, False).error == "MemoryError"
