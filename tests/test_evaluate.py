@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mnist_accel import metrics
 from mnist_accel.cli import UserError
 from mnist_accel.data import Split
-from mnist_accel.evaluation import evaluate, load_for_evaluation, predict_logits
+from mnist_accel.evaluation import Evaluation, evaluate, load_for_evaluation, predict_logits
 from mnist_accel.models import build_model, save_model
 from mnist_accel.summary import confusion_lines
 
@@ -120,6 +120,16 @@ def test_classes_of_a_model_that_lists_them_in_another_order_are_matched_by_name
     save_model(turned, tmp_path)
     load_for_evaluation([str(tmp_path)], "digits")
     assert capsys.readouterr().err == ""
+
+
+def test_precision_and_recall_stand_under_their_names():
+    confusion = torch.tensor([[3, 1], [0, 4]])
+    result = Evaluation(["cat", "dog"], confusion, 0.1, 0.0, torch.zeros(8, 2), [0.875])
+    assert result.as_json()["per_class"] == [
+        {"class": "cat", "images": 4, "precision": 1.0, "recall": 0.75},
+        {"class": "dog", "images": 4, "precision": pytest.approx(0.8), "recall": 1.0},
+    ]
+    assert "cat              4    100.00%   75.00%" in result.as_text()
 
 
 def test_a_class_that_never_occurs_has_no_recall_in_json_and_a_dash_in_text():

@@ -69,6 +69,7 @@ def test_fitted_temperature_recovers_the_scale_of_overconfident_logits():
     labels = torch.multinomial(honest.softmax(dim=1), 1, generator=generator).squeeze(1)
     temperature = metrics.fit_temperature(honest * 3, labels)
     assert temperature == pytest.approx(3.0, rel=0.05)
+    assert metrics.fit_temperature(honest * 0.2, labels) == pytest.approx(0.2, rel=0.05), "and of timid ones"
     before = metrics.expected_calibration_error((honest * 3).softmax(dim=1), labels)
     after = metrics.expected_calibration_error((honest * 3 / temperature).softmax(dim=1), labels)
     assert before > 0.1
@@ -87,6 +88,16 @@ def test_fitted_temperature_is_where_the_losss_slope_is_zero():
 
 def test_temperature_stays_one_where_every_prediction_is_right():
     assert metrics.fit_temperature(torch.eye(10) * 5, torch.arange(10)) == 1.0
+
+
+def test_digits_give_up_their_small_share_of_confidence_whatever_the_size_of_the_logits():
+    logits = 20 * torch.rand(500, 10, generator=torch.Generator().manual_seed(0))
+    for shift in (-60.0, 0.0, 60.0):
+        level = metrics.fit_no_digit_level(logits + shift, temperature=1.0)
+        kept = metrics.confidences(logits + shift, 1.0, level) - 0.1
+        given_up = 1 - kept / (logits.double().softmax(dim=1) - 0.1)
+        assert float(given_up[:, 0].mean()) == pytest.approx(metrics.NO_DIGIT_SHARE, rel=1e-3)
+    assert metrics.NO_DIGIT_SHARE < 0.01, "the calibration error is limited to 1%"
 
 
 def test_little_evidence_of_a_digit_makes_confidence_low_and_changes_no_answer():

@@ -296,6 +296,8 @@ def test_labels_from_names_and_folders(folder, model, tmp_path, capsys):
     (folder / "b" / "deep").rename(folder / "7")
     run(folder, model, tmp_path / "out.csv", labels="folder")
     assert "/1 (" in capsys.readouterr().out
+    run(folder / "7", model, tmp_path / "out.csv", labels="folder")
+    assert "/1 (" in capsys.readouterr().out, "the folder itself is a parent too"
     with pytest.raises(UserError, match=r"none of 1 images .* rename them"):
         run(folder / "b", model, tmp_path / "out.csv", labels="folder")
 
@@ -333,10 +335,11 @@ def test_the_sheet_shows_file_names_of_any_kind_below_their_images(tmp_path):
 
 
 def test_the_summary_counts(folder, model, tmp_path, capsys):
-    assert predict_folder(folder, model=str(model), output=str(tmp_path / "out.csv")) == 1
+    rows = run(folder, model, tmp_path / "out.csv")
     text = capsys.readouterr().out
+    mean = sum(float(row["confidence"]) for row in rows[:-1]) / 6
+    assert f"6 images read, mean confidence {mean:.3f}, 1 could not be read" in text
     assert str(model) in text and "\npredicted  0: " in text
-    assert "6 images read" in text and "1 could not be read" in text
 
 
 def test_the_default_model_is_the_newest_run_that_is_not_on_digits(tmp_path, monkeypatch):
