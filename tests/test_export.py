@@ -117,9 +117,12 @@ def test_onnx_names_its_input_output_and_batch_dimension(tmp_path):
     "broken",
     [
         lambda logits: logits + 2e-4,
+        lambda logits: logits - 2e-4,
         lambda logits: logits * torch.nan,
         lambda logits: logits[:, :5],
         lambda logits: torch.cat([logits[:1], logits[1:] + 1]),  # right for one image only
+        lambda logits: torch.cat([logits[:10], logits[10:] + 1]),  # or for a few
+        lambda logits: logits + (len(logits) == 1),  # or for several
     ],
 )
 def test_a_file_that_differs_is_not_written_and_the_old_one_stays(tmp_path, monkeypatch, broken):

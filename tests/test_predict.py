@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from drawn_digits import draw, paint, write_photos
-from PIL import Image
+from PIL import Image, ImageColor
 from pyarrow import parquet
 
 from mnist_accel import image_files
@@ -31,8 +31,8 @@ from mnist_accel.images import read_digit, resized
 from mnist_accel.models import DIGITS, SHIPPED, build_model, load_model, save_model
 from mnist_accel.output import WRITERS, check_output, write_table
 from mnist_accel.predict import BATCH_SIZE, default_model, predict_folder
+from mnist_accel.sheet import RIGHT, WRONG, draw_sheet
 from mnist_accel.sheet import _font as sheet_font
-from mnist_accel.sheet import draw_sheet
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "predict_dir.py"
 
@@ -98,6 +98,7 @@ def test_the_three_formats_say_the_same(folder, model, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert lines == parquet.read_table(tmp_path / "out.parquet").to_pylist()
     assert [{k: "" if v is None else str(v) for k, v in line.items()} for line in lines] == rows
+    assert b"\r" not in (tmp_path / "out.csv").read_bytes() + (tmp_path / "out.jsonl").read_bytes()
     assert list(rows[0])[4:] == [f"p{k}" for k in range(10)]
     assert sum(lines[0][f"p{k}"] for k in range(10)) == pytest.approx(1, abs=1e-3)
 
@@ -144,6 +145,8 @@ def test_as_is_inverts_what_training_inverted(tmp_path):
     for dark_row, light_row in zip(rows["dark"], rows["light"], strict=True):
         for name in (f"p{digit}" for digit in DIGITS):  # a grey of one half is rounded up in both
             assert abs(float(dark_row[name]) - float(light_row[name])) < 5e-4
+    photos = [run(light, tmp_path / f"{name} model", tmp_path / "out.csv", probabilities=True) for name in rows]
+    assert photos[0] == photos[1], "without the option both see white ink on black"
     for side in (14, 32, 60):  # as the training data was brought to 28x28
         drawn = (255 * draw(5, side, side)).astype(np.uint8)
         exact = cv2.resize(drawn.astype(np.float32), (28, 28), interpolation=cv2.INTER_AREA)
@@ -152,13 +155,13 @@ def test_as_is_inverts_what_training_inverted(tmp_path):
 
 
 def test_a_model_of_other_things_than_digits_is_called_so(folder, tmp_path, capsys):
-    network = build_model("fast_net", ["cat", "dog"])
+    network = build_model("fast_net", ["7", "dog"])  # as letters and digits together
     network.inverted = True
     save_model(network, tmp_path / "pets")
     run(folder, tmp_path / "pets", tmp_path / "out.csv")
-    assert "(fast_net; of cat, dog; trained on dark-on-light files as they were: --as-is" in capsys.readouterr().out
+    assert "(fast_net; of 7, dog; trained on dark-on-light files as they were: --as-is" in capsys.readouterr().out
     run(folder, tmp_path / "pets", tmp_path / "out.csv", as_is=True)
-    assert "(fast_net; of cat, dog)" in capsys.readouterr().out
+    assert "(fast_net; of 7, dog)" in capsys.readouterr().out
 
 
 def test_threads_do_not_change_a_byte(many, model, tmp_path):
@@ -345,9 +348,13 @@ def test_the_summary_counts(folder, model, tmp_path, capsys):
 def test_the_default_model_is_the_newest_run_that_is_not_on_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert default_model() == SHIPPED
-    for age, (name, dataset) in enumerate([("c", "digits"), ("a", "ylecun/mnist"), ("b", "ylecun/mnist")]):
-        save_model(build_model("mnist_net"), Path("runs") / name / "best", dataset=dataset)
-        os.utime(Path("runs") / name / "best" / "model.safetensors", (1e9 - age, 1e9 - age))
+    mnist = "ylecun/mnist"
+    runs = {"old": (0, mnist), "c": (9, "digits"), "a": (7, mnist), "damaged": (8, mnist), "b": (6, mnist)}
+    for name, (written, dataset) in runs.items():
+        best = Path("runs") / name / "best"
+        save_model(build_model("mnist_net"), best, dataset=dataset)
+        os.utime(best / "model.safetensors", (1e9 + written, 1e9 + written))
+    (Path("runs") / "damaged" / "best" / "config.json").write_text("[")
     assert default_model() == Path("runs/a/best")
 
 
@@ -371,6 +378,15 @@ def test_a_run_that_fails_leaves_the_old_file_and_nothing_else(folder, model, tm
     with pytest.raises(KeyboardInterrupt):
         write_table(interrupted(), str(tmp_path / "out" / "p.jsonl"), {"path": str, "n": int})
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["p.csv"]
+
+
+def test_rows_can_be_written_to_a_named_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    check_output(str(tmp_path / "pipe.csv"))
+    reader = os.open(tmp_path / "pipe.csv", os.O_RDONLY | os.O_NONBLOCK)
+    write_table([{"path": "a"}], str(tmp_path / "pipe.csv"), {"path": str})
+    assert os.read(reader, 100) == b"path\na\n"
+    os.close(reader)
 
 
 def test_a_write_protected_file_is_not_replaced(tmp_path, monkeypatch):
@@ -427,7 +443,7 @@ def forbid_deep(monkeypatch):
     scan = os.scandir
 
     def forbidden(path):
-        if os.fsencode(path).endswith(b"deep"):
+        if os.fsencode(path).rstrip(b"/").endswith(b"deep"):
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
@@ -478,6 +494,8 @@ def test_an_unreadable_folder_is_named_and_passed_over(folder, monkeypatch, caps
     found, skipped = find_images(folder)
     assert len(found) == len(PATHS) - 1 and skipped == 1
     assert "b/deep/: Permission denied" in capsys.readouterr().err
+    with pytest.raises(UserError, match="deep cannot be read: Permission denied"):
+        find_images(folder / "b" / "deep")
 
 
 def test_strange_names_survive_every_format(model, tmp_path):
@@ -518,6 +536,18 @@ def test_long_class_names_stay_in_their_cell_of_the_sheet(tmp_path):
     short, long = drawn("Boot"), drawn("Ankle boot with laces")
     differs = np.flatnonzero((short != long).any(0))
     assert differs.size and differs.max() < 90, "neither the percentage nor the next cell is touched"
+
+
+def test_the_sheet_frames_mistakes_and_nothing_else(tmp_path):
+    def has(label, colour):
+        blank = np.zeros((28, 28), np.uint8)
+        seen = Seen("a.png", blank, cv2.merge([blank] * 3), prediction=1, probabilities=(0.1, 0.9))
+        draw_sheet([(seen, label)], ["7", "1"], tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            return bool((np.asarray(sheet.convert("RGB")) == ImageColor.getrgb(colour)).all(2).any())
+
+    assert [has(label, WRONG) for label in (None, 0, 1)] == [False, True, False]
+    assert [has(label, RIGHT) for label in (None, 0, 1)] == [False, False, True]
 
 
 def test_labelled_files_that_cannot_be_read_are_counted(folder, model, tmp_path, capsys):
