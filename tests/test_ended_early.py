@@ -52,12 +52,15 @@ def test_sigterm_ends_a_process_that_waits_for_the_others(tmp_path):
 def test_sigterm_in_the_middle_of_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "p.csv").write_text("old")
     program = f"""
-import time
+import signal, time
 from pathlib import Path
 from mnist_accel.cli import run_script
 from mnist_accel.output import replacing
 
 def main():
+    with replacing(Path({str(tmp_path / "other.csv")!r})) as file:
+        file.touch()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with replacing(Path({str(tmp_path / "p.csv")!r})) as file:
         file.write_text("half")
         print(1, flush=True)
@@ -69,4 +72,4 @@ run_script(main)
     assert writing.stdout.readline() == "1\n"
     writing.terminate()
     assert writing.wait(timeout=20) == 128 + signal.SIGTERM
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"p.csv": "old"}
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"p.csv": "old", "other.csv": ""}
