@@ -9,9 +9,12 @@ from launching import train
 from safetensors.torch import load_file
 from small_data import make_small_dataset
 
+from mnist_accel.config import parse_config
 from mnist_accel.data import load_data
 from mnist_accel.evaluation import predict_logits
-from mnist_accel.models import load_model
+from mnist_accel.models import build_model, load_model
+from mnist_accel.optim import learning_rate
+from mnist_accel.seeding import derive_seed, generator
 
 SGD = [
     "--optimizer",
@@ -86,3 +89,44 @@ def test_training_changed_the_weights_and_the_average_differs_from_them(runs):
     averaged = weights(folders["one"])
     assert all(torch.equal(state["average"][name], averaged[name]) for name in averaged)
     assert any((state["model"][name] - averaged[name]).abs().max() > 1e-4 for name in averaged)
+
+
+def test_a_training_is_what_a_plain_loop_over_whole_batches_computes(small_dataset, tmp_path):
+    """Twenty steps, of which each tenth is of 6 images, with all that changes a step but draws no numbers."""
+    options = ["--dataset", str(small_dataset), "--batch-size", "16", "--epochs", "2", "--dropout", "0"]
+    options += [
+        "--optimizer",
+        "sgd",
+        "--learning-rate",
+        "0.02",
+        "--weight-decay",
+        "0.5",
+        "--scheduler",
+        "cosine",
+        "--label-smoothing",
+        "0.2",
+    ]
+    options += ["--max-grad-norm", "1", "--ema-decay", "0.8", "--gradient-accumulation-steps", "4"]
+    train([*options, "--output-dir", str(tmp_path / "run")], tmp_path / "logs", processes=2)
+    config, data = parse_config(options), load_data(str(small_dataset)).train
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    network = build_model(config.model, dropout=0.0)
+    average = [parameter.detach().clone() for parameter in network.parameters()]
+    kernels, biases = ([p for p in network.parameters() if (p.ndim > 1) == large] for large in (True, False))
+    groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.02, momentum=0.9, nesterov=True)
+    orders = [torch.randperm(150, generator=generator(config.seed, "order", epoch)) for epoch in range(2)]
+    for step, indices in enumerate(batch for order in orders for batch in order.split(16)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 20, config)
+        logits = network(data.images[indices].unsqueeze(1) / 255)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, data.labels[indices], label_smoothing=0.2).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.8, (2 + step) / (11 + step))
+        for kept, now in zip(average, network.parameters(), strict=True):
+            kept.mul_(decay).add_(now.detach(), alpha=1 - decay)
+    trained = weights(tmp_path / "run")
+    for (name, _), expected in zip(network.named_parameters(), average, strict=True):
+        assert (trained[name] - expected).abs().max() < 1e-5, name

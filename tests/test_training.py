@@ -397,8 +397,8 @@ def test_best_and_final_hold_the_averaged_weights(small_dataset, tmp_path):
         assert not same_weights(weights(folder, name), state["model"])
 
 
-def test_the_class_names_of_the_data_set_reach_the_weights_and_the_figures(small_dataset, tmp_path, monkeypatch):
-    data = replace(load_data(str(small_dataset)), class_names=FASHION)
+def test_what_the_data_set_is_like_reaches_the_weights_and_the_figures(small_dataset, tmp_path, monkeypatch):
+    data = replace(load_data(str(small_dataset)), class_names=FASHION, inverted=True)
     monkeypatch.setattr(trainer, "load_data", lambda name: data)
     drawn_with = []
     original = figures.draw_confusion_matrix
@@ -407,7 +407,7 @@ def test_the_class_names_of_the_data_set_reach_the_weights_and_the_figures(small
     )
     folder = run("zalando-datasets/fashion_mnist", tmp_path / "run", "--max-steps", "1")
     assert description(folder, "best")["class_names"] == FASHION and drawn_with == [FASHION]
-    assert load_model(folder).class_names == FASHION
+    assert load_model(folder).class_names == FASHION and load_model(folder).inverted
     assert "Ankle boot" in (folder / "best" / "README.md").read_text()
 
 
