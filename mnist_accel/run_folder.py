@@ -121,12 +121,14 @@ class RunFolder:
             resumed = Path(os.path.expanduser(config.resume))
             candidates = complete_checkpoints(resumed / "checkpoints") or [resumed]
             elsewhere = not candidates[0].resolve().is_relative_to(self.path.resolve())
+        begun = self._started_with()
+        # `--resume PATH` given again goes on with what it began, as `--resume auto` does.
+        given_again = elsewhere and begun.get("options", {}).get("resume") == config.resume
+        if given_again and (own := complete_checkpoints(self.checkpoints)):
+            candidates, elsewhere = own, False
         checkpoint = _newest_readable(candidates)
         earlier, what = checkpoint or {}, "the checkpoint"
         if (checkpoint is None or elsewhere) and any((self.path / name).exists() for name in OWN_NAMES):
-            begun = self._started_with()
-            # `--resume PATH` given again goes on with what it began, as `--resume auto` does.
-            given_again = elsewhere and begun.get("options", {}).get("resume") == config.resume
             may_continue = config.resume == "auto" or given_again
             unknown = not begun and (self.path / "best").exists()  # somebody's weights, without the rest of the run
             if not may_continue or unknown or (self.path / "final").exists():

@@ -1,5 +1,6 @@
 """A run's folder is opened for its own run only, and what cannot be read or written there is told."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,31 @@ def test_resume_auto_goes_on_where_the_checkpoints_lie_on_another_disk(tmp_path)
     folder.close()
 
 
+def test_resume_path_given_again_goes_on_with_the_run_that_it_began(tmp_path):
+    old, new = RunFolder(tmp_path / "old"), RunFolder(tmp_path / "new")
+    content = {name: {} for name in CONTENT} | {"fingerprint": "the same", "state": {"step": 5}}
+    old.path.mkdir()
+    write_checkpoint(old.checkpoints, 5, content, keep=1)
+    config = TrainConfig(resume=str(old.checkpoints / "step_00000005"), output_dir=str(new.path))
+    assert new.open(config, "the same", 100)["state"] == {"step": 5}
+    (new.path / "config.yaml").write_text(
+        yaml.safe_dump(config.options() | {PROVENANCE: {"dataset_fingerprint": "the same"}})
+    )
+    assert new.open(config, "the same", 100)["state"] == {"step": 5}
+    write_checkpoint(new.checkpoints, 8, content | {"state": {"step": 8}}, keep=1)
+    assert new.open(config, "the same", 100)["state"] == {"step": 8}
+    with pytest.raises(UserError, match="already holds a run"):
+        new.open(replace(config, resume=str(old.path)), "the same", 100)
+    new.release()
+
+
+def test_a_checkpoint_of_another_version_is_told(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_checkpoint(folder.checkpoints, 5, dict.fromkeys(CONTENT - {"average"}), keep=1)
+    with pytest.raises(UserError, match="step_00000005 is no checkpoint of this version"):
+        folder.open(CONFIG, "the same", 100)
+
+
 LOCKS = """
 import sys
 from pathlib import Path
@@ -111,6 +137,17 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(tmp
         other.wait()
     assert folder.open(config, "the same", 100) is None
     folder.close()
+    assert not list(folder.path.iterdir())
+
+
+def test_a_file_system_without_locks_is_trained_on(tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", without)
+    folder = RunFolder(tmp_path / "run")
+    assert folder.open(TrainConfig(output_dir=str(folder.path)), "the same", 100) is None
+    folder.release()
     assert not list(folder.path.iterdir())
 
 
@@ -149,9 +186,11 @@ def test_a_run_may_be_called_as_checkpoints_are():
     assert choose_folder(TrainConfig(resume="runs/step_lr")) == Path("runs/step_lr")
 
 
-def test_a_tilde_that_stands_for_nobody_s_home_is_a_name_like_any_other():
+def test_a_tilde_stands_for_a_home_and_where_there_is_none_for_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for option in ("output_dir", "resume"):
         assert choose_folder(TrainConfig(**{option: "~nobody-here/run"})) == Path("~nobody-here/run")
+        assert choose_folder(TrainConfig(**{option: "~/run"})) == tmp_path / "run"
 
 
 def test_resume_auto_without_a_folder_says_that_it_starts_afresh(tmp_path, monkeypatch, capsys):
@@ -210,6 +249,22 @@ def test_weights_that_cannot_be_written_are_one_line(tmp_path):
         RunFolder(tmp_path).write_weights("best", build_model("fast_net"), facts)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_files_that_belong_together_are_replaced_all_or_none(tmp_path, monkeypatch):
+    folder, names = RunFolder(tmp_path), ("model.safetensors", "config.json", "README.md")
+    folder.write_files("best", dict.fromkeys(names, b"old"))
+    original = Path.write_bytes
+
+    def write(path, content):
+        if "README" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(UserError, match="best cannot be written"):
+        folder.write_files("best", dict.fromkeys(names, b"new"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "best").iterdir()} == dict.fromkeys(names, b"old")
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
