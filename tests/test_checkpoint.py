@@ -115,6 +115,15 @@ def test_a_failed_write_leaves_nothing_under_a_complete_name_and_the_earlier_one
     assert names(folder) == ["step_00000003"]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "_remove", refuse)
+    save(folder, 1, 2)
+    assert names(folder) == ["step_00000001", "step_00000002"]
+
+
 def test_the_folder_of_a_run_that_is_gone_is_not_made_again(folder):
     with pytest.raises(UserError, match="No such file"):
         save(folder / "of a run that is gone", 1)

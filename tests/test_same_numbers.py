@@ -1,6 +1,7 @@
 """One process, two processes and gradient accumulation give the same numbers."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -93,20 +94,11 @@ def test_training_changed_the_weights_and_the_average_differs_from_them(runs):
 
 def test_a_training_is_what_a_plain_loop_over_whole_batches_computes(small_dataset, tmp_path):
     """Twenty steps, of which each tenth is of 6 images, with all that changes a step but draws no numbers."""
-    options = ["--dataset", str(small_dataset), "--batch-size", "16", "--epochs", "2", "--dropout", "0"]
-    options += [
-        "--optimizer",
-        "sgd",
-        "--learning-rate",
-        "0.02",
-        "--weight-decay",
-        "0.5",
-        "--scheduler",
-        "cosine",
-        "--label-smoothing",
-        "0.2",
-    ]
-    options += ["--max-grad-norm", "1", "--ema-decay", "0.8", "--gradient-accumulation-steps", "4"]
+    options = shlex.split(
+        "--batch-size 16 --epochs 2 --dropout 0 --optimizer sgd --learning-rate 0.02 --weight-decay 0.5 --ema-decay 0.8"
+        " --scheduler cosine --label-smoothing 0.2 --max-grad-norm 1 --gradient-accumulation-steps 4"
+    )
+    options += ["--dataset", str(small_dataset)]
     train([*options, "--output-dir", str(tmp_path / "run")], tmp_path / "logs", processes=2)
     config, data = parse_config(options), load_data(str(small_dataset)).train
     torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -116,12 +108,15 @@ def test_a_training_is_what_a_plain_loop_over_whole_batches_computes(small_datas
     groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": biases, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=0.02, momentum=0.9, nesterov=True)
     orders = [torch.randperm(150, generator=generator(config.seed, "order", epoch)) for epoch in range(2)]
+    losses = [0.0, 0.0]
     for step, indices in enumerate(batch for order in orders for batch in order.split(16)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, 20, config)
         logits = network(data.images[indices].unsqueeze(1) / 255)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits, data.labels[indices], label_smoothing=0.2).backward()
+        loss = torch.nn.functional.cross_entropy(logits, data.labels[indices], label_smoothing=0.2)
+        loss.backward()
+        losses[step // 10] += loss.item() * len(indices) / 150
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         decay = min(0.8, (2 + step) / (11 + step))
@@ -130,3 +125,6 @@ def test_a_training_is_what_a_plain_loop_over_whole_batches_computes(small_datas
     trained = weights(tmp_path / "run")
     for (name, _), expected in zip(network.named_parameters(), average, strict=True):
         assert (trained[name] - expected).abs().max() < 1e-5, name
+    for epoch, row in enumerate(rows(tmp_path / "run")[:2]):
+        assert row["train_loss"] == pytest.approx(losses[epoch], abs=1e-5)
+        assert row["learning_rate"] == learning_rate(10 * epoch + 9, 20, config)

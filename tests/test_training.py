@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +160,7 @@ def test_the_weights_are_described_and_load(plain):
         assert description(plain["run"], name)["accuracy"] == pytest.approx(accuracy)
         card = (plain["run"] / name / "README.md").read_text()
         assert card.startswith("---\n") and f"{accuracy:.2%}" in card
+        assert description(plain["run"], name)["no_digit_level"] is None, "nothing is fitted to the test split"
     assert description(plain["run"], "final")["epoch"] == 3
 
 
@@ -332,6 +335,27 @@ def test_of_equally_good_epochs_the_first_is_kept(plain, tmp_path):
     )
 
 
+def test_a_stop_signal_in_the_last_step_does_not_keep_the_run_from_its_end(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "stop_signals", lambda: nullcontext(lambda: signal.SIGTERM))
+    folder = run(small_dataset, tmp_path / "run", "--max-steps", "1")
+    assert rows(folder)[-1]["final"] and (folder / "final").is_dir()
+
+
+def test_the_clock_counts_training_alone_and_goes_on_across_a_resume(small_dataset, tmp_path, monkeypatch):
+    now, batch, measure = [0.0], trainer.ResidentLoader._batch, trainer.evaluate_on_all_ranks
+
+    def taking(seconds, function):
+        return lambda *args: (now.__setitem__(0, now[0] + seconds), function(*args))[1]
+
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(trainer.ResidentLoader, "_batch", taking(1.0, batch))
+    monkeypatch.setattr(trainer, "evaluate_on_all_ranks", taking(100.0, measure))
+    run(small_dataset, tmp_path / "run", "--epochs", "2", "--max-steps", "14")
+    folder = run(small_dataset, tmp_path / "run", "--epochs", "2", "--resume", "auto")
+    assert [row["train_seconds"] for row in rows(folder)[:-1]] == [10.0, 10.0]
+    assert [row["images_per_second"] for row in rows(folder)[:-1]] == [15.0, 15.0]
+
+
 # What is evaluated and kept
 
 
@@ -378,6 +402,7 @@ def test_with_validation_the_test_split_is_read_once_at_the_end(small_dataset, t
     assert len(re.findall(r"^Test set.*Average loss: .*/53 ", output, re.MULTILINE)) == 1
     assert "110 training images, 40 held out" in output
     assert description(folder, "best")["split"] == "validation" and description(folder, "final")["split"] == "test"
+    assert description(folder, "best")["no_digit_level"] and description(folder, "final")["no_digit_level"]
     logits = original(load_model(folder / "best"), data.test.images, torch.device("cpu"))
     accuracy = (logits.argmax(dim=1) == data.test.labels).double().mean().item()
     assert final["best_test_accuracy"] == pytest.approx(accuracy)
