@@ -14,6 +14,8 @@ from launching import Job, train
 from small_data import make_small_dataset
 from test_same_numbers import rows, weights
 
+from mnist_accel.distributed import stop_signals
+
 # Everything that has a state or draws numbers is on: dropout, augmentation, schedule, averaging, Adam's moments.
 OPTIONS = [
     *("--batch-size", "16", "--epochs", "4", "--augment", "--scheduler", "onecycle", "--ema-decay", "0.95"),
@@ -159,6 +161,21 @@ def test_a_stop_signal_saves_and_exits_with_128_plus_its_number(small_dataset, t
     assert "Stopped by" in job.output() and "--resume auto" in job.output()
     stopped_at = int(job.output().split("after step ")[1].split(";")[0])
     assert (run / "checkpoints" / f"step_{stopped_at:08d}").is_dir()
+
+
+def test_a_signal_sent_twice_is_one_and_a_second_ctrl_c_stops_at_once():
+    """As where both a batch system and a launcher pass it on."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with stop_signals() as received:
+            assert received() == 0
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+            assert received() == number
+    with pytest.raises(KeyboardInterrupt), stop_signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received() == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "what signals did before, they do again"
 
 
 def test_a_run_goes_on_with_another_number_of_processes(small_dataset, tmp_path, calm_run):
