@@ -270,8 +270,8 @@ def test_an_own_image_that_cannot_be_used_is_named_by_its_path(tmp_path: Path) -
 
 def test_a_folder_may_have_a_name_like_a_pattern(tmp_path: Path) -> None:
     for split in ("train", "test"):
-        write_classes(tmp_path / "mine [1]*?" / split, 2)
-    assert len(load_data(str(tmp_path / "mine [1]*?")).train.images) == 4
+        write_classes(tmp_path / "mine [1]*?:2" / split, 2)
+    assert len(load_data(str(tmp_path / "mine [1]*?:2")).train.images) == 4
 
 
 def test_classes_may_be_links_to_folders_whose_changes_are_seen(tmp_path: Path) -> None:

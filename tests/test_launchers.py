@@ -24,6 +24,8 @@ import torch
 from launching import free_port
 from safetensors.torch import load_file
 
+from mnist_accel.distributed import use_all_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch"]
@@ -244,6 +246,16 @@ def test_a_number_of_threads_that_the_user_chose_is_kept(tmp_path, options, chan
     config = ["--config_file", str(ROOT / "accelerate_config.yaml")]
     status, output = launch([*ACCELERATE, *config, *options, str(script)], tmp_path, PYTHONPATH=str(ROOT), **changes)
     assert status == 0 and threads(output) == expected, output
+
+
+def test_of_more_processes_than_cores_each_has_a_thread(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9999")
+    before = torch.get_num_threads()
+    use_all_cores()
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == 1
 
 
 @needs_no_gpu

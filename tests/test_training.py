@@ -256,6 +256,13 @@ def test_a_gradient_norm_of_zero_clips_nothing(small_dataset, tmp_path):
     assert same_weights(weights(plain), weights(zero))
 
 
+def test_looking_for_a_micro_batch_that_fits_leaves_no_trace(small_dataset, tmp_path):
+    options = ["--max-steps", "2", "--non-digits", "40"]
+    plain, tried = (run(small_dataset, tmp_path / name, *options, *o) for name, o in
+                    (("plain", []), ("tried", ["--auto-batch-size"])))  # fmt: skip
+    assert same_weights(weights(plain), weights(tried))
+
+
 def test_another_seed_is_another_run(small_dataset, tmp_path):
     first, second = (run(small_dataset, tmp_path / seed, "--max-steps", "2", "--seed", seed) for seed in "01")
     assert not same_weights(weights(first), weights(second))
