@@ -41,7 +41,7 @@ def option(default: Any, help: str, **argument: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **argument})
 
 
-def _text_or_off(text: str, form: str = ".*", what: str = "") -> str | None:
+def _text_or_off(text: str, form: str = "(?s).*", what: str = "") -> str | None:
     if text.lower() in ("off", "none"):
         return None
     if not re.fullmatch(form, text):

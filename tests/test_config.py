@@ -182,3 +182,7 @@ def test_repeating_a_run_uploads_nothing_and_starts_afresh(tmp_path):
     assert (repeated.push_to_hub, repeated.resume) == (None, None)
     file.write_text(yaml.safe_dump(options))  # a user's own file, which means what it says
     assert parse_config(["--config", str(file)]).push_to_hub == "me/digits"
+
+
+def test_a_path_may_hold_a_line_end():
+    assert parse_config(["--resume", "runs/a\nb"]).resume == "runs/a\nb"
