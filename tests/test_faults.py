@@ -1,5 +1,6 @@
 """What goes wrong on a machine ends in one line, with what was on disk intact."""
 
+import errno
 import os
 import re
 import signal
@@ -133,6 +134,21 @@ def test_processes_that_were_started_with_different_options_are_refused(small_da
 
 def _other_launch(name: str, value: str) -> None:
     os.environ[name] = value
+
+
+def _no_room_for_data() -> None:
+    from mnist_accel import trainer
+
+    def load(_name):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer.load_data = load
+
+
+def test_what_fails_on_one_rank_alone_ends_all_with_its_error(small_dataset, tmp_path):
+    statuses, output = run(small_dataset, tmp_path, processes=2, fault=_no_room_for_data, faulty_rank=1)
+    assert statuses == [2, 2]
+    assert_one_error_line(output, "No space left on device; make room")
 
 
 @pytest.mark.parametrize(("name", "value"), [("MIXED_PRECISION", "bf16"), ("GRADIENT_ACCUMULATION_STEPS", "2")])
