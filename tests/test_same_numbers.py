@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from launching import train
 from safetensors.torch import load_file
 from small_data import make_small_dataset
@@ -82,6 +83,12 @@ def test_evaluation_counts_each_image_once(runs, name):
     loss = torch.nn.functional.cross_entropy(logits.double(), test.labels).item()
     assert rows(folders[name])[-1]["test_accuracy"] == pytest.approx(accuracy, abs=1e-9)
     assert rows(folders[name])[-1]["test_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("name, processes", [("one", 1), ("two", 2)])
+def test_the_record_of_a_run_names_its_number_of_processes(runs, name, processes):
+    _, folders = runs
+    assert yaml.safe_load((folders[name] / "config.yaml").read_text())["provenance"]["world_size"] == processes
 
 
 def test_training_changed_the_weights_and_the_average_differs_from_them(runs):
