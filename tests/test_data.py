@@ -63,6 +63,20 @@ def write_parquet(
     return folder
 
 
+def write_columns(folder: Path, columns: dict[str, str]) -> Path:
+    """A folder of three images a split, with columns of texts or numbers, which of type int8 are 2, 1, 0."""
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image()} | {n: datasets.Value(k) for n, k in columns.items()})
+    (folder / "data").mkdir(parents=True)
+    for split in ("train", "test"):
+        rows: dict[str, list] = {"image": [Image.fromarray(pixels) for pixels in pictures(3)]}
+        rows |= {n: {"string": ["0", "1", "2"], "int8": [2, 1, 0]}.get(kind, [0, 1, 2]) for n, kind in columns.items()}
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
 def same(one: ImageData, other: ImageData) -> bool:
     return all(
         torch.equal(getattr(getattr(one, split), kind), getattr(getattr(other, split), kind))
@@ -214,17 +228,14 @@ def test_photos_that_the_camera_stored_turned_are_turned_upright(tmp_path: Path)
     [{"id": "int64", "label": "string"}, {"digit": "string", "writer": "int32"}, {"id": "int64", "n": "int8"}],
 )
 def test_a_number_that_may_be_anything_is_not_taken_for_the_label(tmp_path: Path, columns: dict[str, str]) -> None:
-    import datasets
-
-    features = datasets.Features({"image": datasets.Image()} | {n: datasets.Value(k) for n, k in columns.items()})
-    (tmp_path / "set" / "data").mkdir(parents=True)
-    for split in ("train", "test"):
-        rows = {"image": [Image.fromarray(pixels) for pixels in pictures(3)]}
-        rows |= {n: ["0", "1", "2"] if kind == "string" else [0, 1, 2] for n, kind in columns.items()}
-        table = datasets.Dataset.from_dict(rows, features=features)
-        table.to_parquet(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
     with pytest.raises(UserError, match="1 columns of images and 0 of class labels"):
-        load_data(str(tmp_path / "set"))
+        load_data(str(write_columns(tmp_path / "set", columns)))
+
+
+@pytest.mark.parametrize("name", ["label", "labels", "digit", "class", "target"])
+def test_a_number_that_is_called_a_label_is_one_beside_others(tmp_path: Path, name: str) -> None:
+    data = load_data(str(write_columns(tmp_path / "set", {"id": "int64", name: "int8"})))
+    assert data.train.labels.tolist() == [2, 1, 0]
 
 
 def test_classes_may_have_the_names_of_splits(tmp_path: Path) -> None:
@@ -300,6 +311,10 @@ def test_a_validation_split_stands_in_for_a_missing_test_split_and_is_said_so(tm
     loaded = load_data(str(folder))
     assert torch.equal(loaded.test.images, torch.from_numpy(pictures(4, seed=1)))
     assert "validation" in loaded.source
+    three = {"train": pictures(6), "validation": pictures(4, seed=1), "test": pictures(5, seed=2)}
+    assert torch.equal(
+        load_data(str(write_parquet(tmp_path / "all", three))).test.images, torch.from_numpy(three["test"])
+    )
 
 
 def test_one_of_several_configurations_is_chosen_after_a_colon(tmp_path: Path) -> None:
