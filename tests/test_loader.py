@@ -65,6 +65,14 @@ def test_the_order_differs_between_epochs_and_seeds():
     assert labels_of(ResidentLoader(split, 64, seed=0), 0) != labels_of(ResidentLoader(split, 64, seed=1), 0)
 
 
+def test_each_epoch_distorts_and_drops_anew():
+    """Of equal images, so that their order does not tell the epochs apart."""
+    equal = Split(torch.full((16, 28, 28), 200, dtype=torch.uint8), torch.zeros(16, dtype=torch.int64))
+    loader = ResidentLoader(equal, 16, augmentation=AUGMENTATIONS["affine"], dropout=0.5, features=300)
+    (first, second) = (next(loader.epoch(epoch)).micro_batches[0] for epoch in (0, 1))
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[2], second[2])
+
+
 def test_pixels_arrive_in_0_to_1_beside_their_label():
     for step in ResidentLoader(numbered(100), 10).epoch(0):
         for images, labels, _ in step.micro_batches:
