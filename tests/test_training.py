@@ -263,9 +263,24 @@ def test_looking_for_a_micro_batch_that_fits_leaves_no_trace(small_dataset, tmp_
     assert same_weights(weights(plain), weights(tried))
 
 
-def test_another_seed_is_another_run(small_dataset, tmp_path):
-    first, second = (run(small_dataset, tmp_path / seed, "--max-steps", "2", "--seed", seed) for seed in "01")
-    assert not same_weights(weights(first), weights(second))
+def test_another_seed_is_another_start_and_another_order(small_dataset, tmp_path):
+    started = []
+    for seed in "01":
+        with own_process():
+            options = ["--dataset", str(small_dataset), "--output-dir", str(tmp_path / seed), *COMMON, "--seed", seed]
+            begun = Trainer(parse_config(options))
+            begun.folder.release()
+            _, labels, _ = next(begun.loader.epoch(0)).micro_batches[0]
+            started.append((begun.network.linear1.weight, labels))
+    (weights_of_one, labels_of_one), (weights_of_other, labels_of_other) = started
+    assert not torch.equal(weights_of_one, weights_of_other) and not torch.equal(labels_of_one, labels_of_other)
+
+
+def test_each_option_of_what_is_shown_to_the_network_is_followed(small_dataset, tmp_path):
+    choices = [[], ["--augment"], ["--augment", "--augmentation", "elastic"], ["--non-digits", "40"]]
+    common = ["--max-steps", "1", "--model", "fast_net"]
+    trained = [run(small_dataset, tmp_path / str(n), *common, *choice) for n, choice in enumerate(choices)]
+    assert len({weights(folder)["conv1.weight"].sum().item() for folder in trained}) == len(choices)
 
 
 # When it ends
