@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,11 +19,13 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 @pytest.fixture(autouse=True)
 def own_surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
-    """A cache folder of the test's own, and no trace of earlier Accelerators."""
+    """A cache folder of the test's own, and no trace of earlier Accelerators or signal handlers."""
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "HF_ENDPOINT", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     yield
+    signal.signal(signal.SIGTERM, on_sigterm)
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)

@@ -269,7 +269,7 @@ def test_another_seed_is_another_start_and_another_order(small_dataset, tmp_path
         with own_process():
             options = ["--dataset", str(small_dataset), "--output-dir", str(tmp_path / seed), *COMMON, "--seed", seed]
             begun = Trainer(parse_config(options))
-            begun.folder.release()
+            begun.folder.close()
             _, labels, _ = next(begun.loader.epoch(0)).micro_batches[0]
             started.append((begun.network.linear1.weight, labels))
     (weights_of_one, labels_of_one), (weights_of_other, labels_of_other) = started
