@@ -34,7 +34,7 @@ def main() -> None:
     if figure and DRAWN & {row["part"] for row in results["measurements"]}:
         write_picture(draw_benchmark(results), figure)
     if results["failures"]:
-        raise UserError(f"{counted(len(results['failures']), 'process')} failed: {'; '.join(results['failures'])}")
+        raise UserError(f"{counted(len(results['failures']), 'process')} failed: the reasons stand above the table")
 
 
 if __name__ == "__main__":

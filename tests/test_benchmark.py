@@ -129,16 +129,22 @@ def test_a_process_that_fails_costs_no_other_its_place_in_the_table(
         return '{"operations_per_image": 1}', 2.0
 
     monkeypatch.setattr(benchmark, "run_process", run_process)
-    results = Benchmark(scripts=Path("scripts"), parts=["startup"], rounds=2).run()
+    results = Benchmark(scripts=Path("scripts"), dataset="digits", parts=["startup"], rounds=2).run()
     values = {row["name"]: row["values"] for row in results["measurements"]}
     assert values == {"import torch, accelerate": [2.0, 2.0], "train.py --max-steps 1": [2.0, 2.0]}
     assert results["failures"] == ["startup: train.py --help: train.py --help failed with status 3"] * 2
     assert results["failures"][0] in capsys.readouterr().out
 
 
+def test_a_data_set_that_is_not_there_is_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "run_process", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match="no folder nowhere"):
+        Benchmark(scripts=Path("scripts"), dataset="nowhere").run()
+
+
 def test_writing_the_images_to_predict_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "run_process", lambda words, time_limit: ('{"operations_per_image": 1}', 2.0))
-    results = Benchmark(scripts=Path("scripts"), parts=["prediction"], rounds=2).run()
+    results = Benchmark(scripts=Path("scripts"), dataset="digits", parts=["prediction"], rounds=2).run()
     assert {row["name"]: row["values"] for row in results["measurements"]} == {
         "predict_dir.py": [2.0, 2.0],
         "one by one": [2.0, 2.0],
