@@ -67,7 +67,7 @@ def see(folder: bytes, path: bytes, as_is: bool, with_picture: bool) -> Seen:
         digit = resized(pixels) if as_is else to_mnist(pixels)
         return Seen(readable(path), digit, thumbnail(pixels) if with_picture else None)
     except Exception as error:  # also of memory, or of a file that vanishes meanwhile: no other row is lost
-        return Seen(readable(path), error=str(error) or type(error).__name__)
+        return Seen(readable(path), error=" ".join(str(error).split()) or type(error).__name__)
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -5,6 +5,7 @@ import io
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from drawn_digits import draw, paint
@@ -112,3 +113,5 @@ def test_what_nobody_expected_of_a_file_costs_no_other_its_row(tmp_path: Path, m
     Image.new("L", (30, 30)).save(file)
     monkeypatch.setattr(images, "to_mnist", no_memory)
     assert see(bytes(tmp_path), b"vanishes.png", False, False).error == "MemoryError"
+    monkeypatch.setattr(images, "to_mnist", lambda pixels: cv2.resize(pixels, (0, 0)))  # whose message ends a line
+    assert "resize" in (reason := see(bytes(tmp_path), b"vanishes.png", False, False).error) and "\n" not in reason
