@@ -80,7 +80,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if unhandled:
             signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, target)
         flush_folder(target.parent)

@@ -1,7 +1,9 @@
 """A run's folder is opened for its own run only, and what cannot be read or written there is told."""
 
 import errno
+import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -269,6 +271,15 @@ def test_files_that_belong_together_are_replaced_all_or_none(tmp_path, monkeypat
     with pytest.raises(UserError, match=r"cannot write .*best: No space left"):
         folder.write_files("best", dict.fromkeys(names, b"new"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "best").iterdir()} == dict.fromkeys(names, b"old")
+
+
+def test_files_are_flushed_as_windows_wants_them_open_for_writing(tmp_path, monkeypatch):
+    def flush(descriptor):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.write(descriptor, b"")
+
+    monkeypatch.setattr(os, "fsync", flush)
+    RunFolder(tmp_path).write_files("best", {"config.json": b"{}"})
 
 
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
