@@ -43,8 +43,14 @@ def check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: no folder {path.parent}; make it, or give another name")
     with writing(path):
+        _refuse_write_protected(path)
         if path.is_file() or not path.exists():  # a pipe or a device is written to where it is
             tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+
+
+def _refuse_write_protected(path: Path) -> None:
+    if path.exists() and not os.access(path, os.W_OK):  # a folder's rights are enough to replace it
+        raise PermissionError(errno.EACCES, "it is write-protected", str(path))
 
 
 @contextmanager
@@ -65,8 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
         # A pipe or a device cannot be replaced, only written to.
         yield path
         return
-    if path.exists() and not os.access(path, os.W_OK):  # a folder's rights are enough to replace it
-        raise PermissionError(errno.EACCES, "it is write-protected", str(path))
+    _refuse_write_protected(path)
     target, host = Path(os.path.realpath(path)), socket.gethostname()
     for left in target.parent.glob(f".{glob.escape(target.name)}.*@{glob.escape(host)}.tmp"):
         process = left.name.removesuffix(f"@{host}.tmp").rpartition(".")[2]
