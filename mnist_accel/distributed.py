@@ -156,7 +156,7 @@ def together() -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         failure = error
-        told = (isinstance(error, OSError) and advice(error)) or str(error)
+        told = (isinstance(error, OSError) and advice(error)) or str(error) or type(error).__name__
     messages = [text for text in gather_object([told]) if text]
     if isinstance(failure, BrokenPipeError):  # who read our output has gone: no mistake
         raise failure

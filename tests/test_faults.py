@@ -14,6 +14,9 @@ import torch
 from launching import Job, train
 from test_same_numbers import rows, weights
 
+from mnist_accel.cli import SharedError
+from mnist_accel.distributed import together
+
 OPTIONS = ["--batch-size", "16", "--epochs", "2", "--dropout", "0", "--log-every", "1"]
 
 
@@ -149,6 +152,11 @@ def test_what_fails_on_one_rank_alone_ends_all_with_its_error(small_dataset, tmp
     statuses, output = run(small_dataset, tmp_path, processes=2, fault=_no_room_for_data, faulty_rank=1)
     assert statuses == [2, 2]
     assert_one_error_line(output, "No space left on device; make room")
+
+
+def test_an_error_without_a_message_is_an_error_all_the_same():
+    with pytest.raises(SharedError, match="TimeoutError"), together():
+        raise TimeoutError
 
 
 @pytest.mark.parametrize(("name", "value"), [("MIXED_PRECISION", "bf16"), ("GRADIENT_ACCUMULATION_STEPS", "2")])
