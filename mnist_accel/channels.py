@@ -69,7 +69,7 @@ def one_channel(values: np.ndarray) -> Grey:
     return np.clip(values @ (mix / total).astype(np.float32) - np.float32(np.minimum(mix, 0).sum() / total), 0, 1)
 
 
-def colour(values: np.ndarray) -> Grey:
+def saturation(values: np.ndarray) -> Grey:
     """(H, W) float32 in 0..1: how far from grey each pixel of (H, W, 1 or 3) is; a shadow does not change that."""
     highest, lowest = values.max(2), values.min(2)
     return (highest - lowest) / (highest + np.float32(0.1))  # the constant keeps the noise of the dark down

@@ -22,9 +22,9 @@ from mnist_accel.summary import confusion_lines
 
 
 def predict_logits(model: nn.Module, images: Tensor, device: torch.device, batch_size: int = 500) -> Tensor:
-    """The logits, float32 (N, C) on `device`, of a model there, for images uint8 (N, 28, 28), N > 0, in eval mode.
+    """The logits, float32 (N, C) on `device`, of a model there, for images uint8 (N, 28, 28), N > 0.
 
-    The images may lie anywhere: each batch is moved and converted on its own.
+    The images may lie anywhere: each batch is moved and converted on its own. The model is left in eval mode.
     """
     model.eval()
     # `prepare` replaced this instance's forward by one in mixed precision. Whoever loads the weights computes without:

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mnist_accel.channels import colour, one_channel, over_paper, without_margin
+from mnist_accel.channels import one_channel, over_paper, saturation, without_margin
 from mnist_accel.image_files import THUMBNAIL, Seen, readable
 from mnist_accel.ink import find_digit, find_light_sheet, find_sheet, other_readings, upright
 from mnist_accel.paper import even_light, is_two_toned
@@ -159,8 +159,7 @@ def to_mnist(pixels: np.ndarray, second_look: bool = True) -> np.ndarray:
         (28, 28) uint8, white ink on black. An image that already follows MNIST's rule comes back bit for bit (its
         negative as the positive); one in which no ink can be told from the paper comes back all zeros.
 
-    Raises:
-        ValueError: another shape or dtype.
+    Raises a `ValueError` for another shape or dtype.
     """
     if pixels.dtype not in (np.uint8, np.uint16) or pixels.ndim not in (2, 3) or 0 in pixels.shape:
         raise ValueError(f"expected (H, W) or (H, W, C) of uint8 or uint16, not {pixels.shape} of {pixels.dtype}")
@@ -182,7 +181,7 @@ def _other_readings(values: np.ndarray) -> Iterator[np.ndarray]:
     grey = one_channel(values)
     if is_two_toned(grey):
         return  # no shadow falls on a drawing
-    coloured = _find_at_working_size(colour(values))
+    coloured = _find_at_working_size(saturation(values))
     if coloured is not None:
         yield _set_in_box(coloured)
     yield from map(_set_in_box, other_readings(_at_working_size(grey)))

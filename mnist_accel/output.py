@@ -1,4 +1,4 @@
-"""Write rows of predictions to a file that is complete or not there at all."""
+"""Write files that are complete or not there at all: rows of predictions, pictures, and whatever a run leaves."""
 
 import csv
 import errno
