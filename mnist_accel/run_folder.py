@@ -30,7 +30,8 @@ from mnist_accel.models import DigitClassifier, model_files
 from mnist_accel.output import replacing, write_picture, writing
 
 # What a checkpoint holds; by the options and the data's fingerprint it is known of which run it is.
-CONTENT = {"options", "fingerprint", "state", "model", "average", "best_files", "optimizer", "scaler"}
+CONTENT = {"options", "fingerprint", "mixed_precision", "state", "model", "average"}
+CONTENT |= {"best_files", "optimizer", "scaler"}
 OWN_NAMES = ("config.yaml", "metrics.jsonl", "best", "final", "checkpoints")
 ANOTHER_FOLDER = "choose another --output-dir"
 LOCK_NAME = ".lock"

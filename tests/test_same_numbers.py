@@ -16,6 +16,7 @@ from mnist_accel.data import load_data
 from mnist_accel.evaluation import predict_logits
 from mnist_accel.models import build_model, load_model
 from mnist_accel.optim import learning_rate
+from mnist_accel.run_folder import CONTENT
 from mnist_accel.seeding import derive_seed, generator
 
 SGD = [
@@ -94,6 +95,7 @@ def test_the_record_of_a_run_names_its_number_of_processes(runs, name, processes
 def test_training_changed_the_weights_and_the_average_differs_from_them(runs):
     _, folders = runs
     state = torch.load(sorted((folders["one"] / "checkpoints").iterdir())[-1] / "training_state.pt", weights_only=True)
+    assert state.keys() == CONTENT
     averaged = weights(folders["one"])
     assert all(torch.equal(state["average"][name], averaged[name]) for name in averaged)
     assert any((state["model"][name] - averaged[name]).abs().max() > 1e-4 for name in averaged)
