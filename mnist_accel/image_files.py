@@ -46,7 +46,7 @@ def find_images(folder: str | Path, leaving_out: Path | None = None) -> tuple[li
     if os.path.isfile(folder):
         raise UserError(f"{folder} is a file: give the folder that it is in")
     if not os.path.isdir(root):
-        raise UserError(f"no folder {folder}: give a folder of images")
+        raise UserError(f"no folder {str(folder)!r}: give a folder of images")
 
     def passed_over(error: OSError) -> None:
         if error.filename == root:

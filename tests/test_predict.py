@@ -430,6 +430,11 @@ def test_a_single_file_is_pointed_to_its_folder(folder, model):
         predict_folder(folder / "4.png", model=str(model))
 
 
+def test_an_empty_name_of_a_folder_is_seen_to_be_empty():
+    with pytest.raises(UserError, match="no folder '': give"):
+        predict_folder("")
+
+
 def test_the_script_ends_with_the_promised_status(folder, model, tmp_path):
     nothing = script(tmp_path / "nowhere", cwd=tmp_path)
     assert nothing.returncode == 2 and nothing.stderr.startswith("error: no folder") and nothing.stderr.count("\n") == 1
