@@ -62,7 +62,7 @@ def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
         foreign = foreign_parts(mask, strength)
         if foreign.any():
             # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
-            rest = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
+            rest = _without(foreign, mask, strength)
             ink = inked(rest, noise)
             parts = Parts(ink)
             shading = parts.at_edge() & (parts.sums(mask) < 0.5 * parts.area)  # which only the frame had outshone
@@ -93,18 +93,22 @@ def other_readings(grey: Grey) -> Iterator[Grey]:
 
 
 def _reading(strength: Grey, noise: float, darkest: bool) -> Grey | None:
-    def ink(strength: Grey) -> Mask:
-        mask = inked(strength, noise)
-        return mask & (strength > otsu_level(strength[mask > 0])) if darkest and mask.any() else mask
+    def ink(of: Grey) -> Mask:
+        mask = inked(of, noise)
+        return mask & (of > otsu_level(of[mask > 0])) if darkest and mask.any() else mask
 
     mask = ink(strength)
     if not mask.any():
         return None
     foreign = foreign_parts(mask, strength)
-    strength = strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
-    mask = ink(strength)
-    digit = _of_one_pen(_digit_parts(mask, strength), strength)
-    return _sharpened(strength, digit) if digit.any() else None
+    rest = _without(foreign, mask, strength)
+    digit = _of_one_pen(_digit_parts(ink(rest), rest), rest)
+    return _sharpened(rest, digit) if digit.any() else None
+
+
+def _without(foreign: Mask, mask: Mask, strength: Grey) -> Grey:
+    """The strength without foreign parts and their blur, of which what else is in the mask is left alone."""
+    return strength * (1 - (grown(foreign, 5) & ~(mask & ~foreign)))
 
 
 def _is_broad(mask: Mask) -> bool:

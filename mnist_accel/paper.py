@@ -78,9 +78,9 @@ def other_strengths(smooth: Grey) -> Iterator[tuple[Grey, float]]:
     for broadest in (0.05, 0.1):
         yield _ink_strength(smooth, _closed(smooth, broadest))
     strength, noise = _ink_strength(smooth, _closed(smooth, 0.35))
-    gap = _reach(smooth, 0.06, False)
+    gap = _reach(smooth, 0.06)
     yield cv2.morphologyEx(strength, cv2.MORPH_CLOSE, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (gap, gap))), noise
-    reach = _reach(smooth, 0.2, False)
+    reach = _reach(smooth, 0.2)
     near = cv2.blur(grown(strength, reach), (reach // 2 | 1, reach // 2 | 1))
     yield np.minimum(strength / np.maximum(near, 0.2 * float(strength.max()) + 6 * noise + 1e-6), 1), 0.0
 
@@ -151,7 +151,7 @@ def otsu_level(strength: Grey) -> float:
     return otsu(strength / highest) / 255 * highest
 
 
-def _reach(smooth: Grey, share: float, tight: bool) -> int:
+def _reach(smooth: Grey, share: float, tight: bool = False) -> int:
     """A share of the image's side in pixels, an odd number."""
     # In a narrow photo the longer side says little of the strokes.
     side = smooth.size**0.5 if is_narrow(smooth) and not tight else max(smooth.shape)
