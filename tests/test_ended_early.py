@@ -41,7 +41,8 @@ def test_sigterm_ends_a_process_that_waits_for_the_others(tmp_path):
     try:
         deadline = time.monotonic() + 60
         with socket.socket() as probe:
-            while probe.connect_ex(("127.0.0.1", port)) and time.monotonic() < deadline:
+            while probe.connect_ex(("127.0.0.1", port)):
+                assert time.monotonic() < deadline, "it never came to wait"
                 time.sleep(0.05)
             waiting.terminate()
             assert waiting.wait(timeout=10) == -signal.SIGTERM
