@@ -173,7 +173,16 @@ def to_mnist(pixels: np.ndarray, second_look: bool = True) -> np.ndarray:
     if strength is None:
         return np.zeros((SIDE, SIDE), np.uint8)
     first = _set_in_box(strength)
-    return clearest(first, _other_readings(values)) if second_look and not _is_tiny(values) else first
+    if not second_look or _is_tiny(values):
+        return first
+    return clearest(first, _parts_of(strength), _other_readings(values))
+
+
+def _parts_of(strength: Grey) -> Iterator[np.ndarray]:
+    """The separate parts of what was found, (28, 28) uint8 each, specks aside."""
+    parts = Parts((strength > 0.5).astype(np.uint8))
+    for part in 1 + np.flatnonzero(parts.area[1:] > 0.1 * parts.area[1:].max()):
+        yield _set_in_box(strength * parts.mask(part))
 
 
 def _other_readings(values: np.ndarray) -> Iterator[np.ndarray]:

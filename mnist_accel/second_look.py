@@ -21,14 +21,16 @@ DOUBTFUL, CLEAR = 0.3, 0.9
 ONE, READINGS_OF_A_ONE = 1, 3
 
 
-def clearest(first: np.ndarray, others: Iterable[np.ndarray]) -> np.ndarray:
+def clearest(first: np.ndarray, parts: Iterable[np.ndarray], others: Iterable[np.ndarray]) -> np.ndarray:
     """The first reading, or where that looks like no digit at all the one of the others that clearly does, if any.
 
-    Readings are (28, 28) uint8, white ink on black. The others are asked for only where they are needed.
+    Readings are (28, 28) uint8, white ink on black. `parts` are the separate parts of the first one, each for itself:
+    where several of them are digits the image shows no single one, and another reading would only have lost the rest.
+    These and the others are asked for only where they are needed.
     """
-    if digit_confidences(first[None]).max() >= DOUBTFUL:
+    if digit_confidences(first[None]).max() >= DOUBTFUL or _are_several_digits(np.array(list(parts), np.uint8)):
         return first
-    readings = np.array(list(others), np.uint8).reshape(-1, *first.shape)
+    readings = np.array(list(others), np.uint8)
     if not len(readings):
         return first
     confidences = digit_confidences(readings)
@@ -36,6 +38,15 @@ def clearest(first: np.ndarray, others: Iterable[np.ndarray]) -> np.ndarray:
         confidences[:, ONE] = 0
     best = int(confidences.max(1).argmax())
     return readings[best] if confidences[best].max() > CLEAR else first
+
+
+def _are_several_digits(parts: np.ndarray) -> bool:
+    if len(parts) < 2:
+        return False
+    confidences = digit_confidences(parts)
+    alike = confidences.max(1) >= DOUBTFUL
+    # Many a shadow and brick looks like a one.
+    return (alike & (confidences.argmax(1) != ONE)).sum() > 1 or (len(parts) == 2 and bool(alike.all()))
 
 
 def digit_confidences(images: np.ndarray) -> np.ndarray:

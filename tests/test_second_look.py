@@ -85,13 +85,28 @@ def test_a_clear_reading_is_not_questioned_and_a_doubtful_one_gives_way_only_to_
         raise AssertionError("the other readings were asked for")
         yield
 
-    assert (clearest(zero, never()) == zero).all()
-    assert (clearest(noise, []) == noise).all()
-    assert (clearest(noise, [255 - noise, noise]) == noise).all()
-    assert (clearest(noise, [noise, zero]) == zero).all()
+    assert (clearest(zero, never(), never()) == zero).all()
+    assert (clearest(noise, [], []) == noise).all()
+    assert (clearest(noise, [noise], [255 - noise, noise]) == noise).all()
+    assert (clearest(noise, [noise], [noise, zero]) == zero).all()
     # The edge of a shadow makes a stroke in one reading or two.
-    assert (clearest(noise, [one, one, noise]) == noise).all()
-    assert (clearest(noise, [one, one, one]) == one).all()
+    assert (clearest(noise, [noise], [one, one, noise]) == noise).all()
+    assert (clearest(noise, [noise], [one, one, one]) == one).all()
+    # Two digits are no digit; but of many parts, some look like ones.
+    assert (clearest(noise, [zero, one], never()) == noise).all()
+    assert (clearest(noise, [zero, noise, zero], never()) == noise).all()
+    assert (clearest(noise, [zero, noise, one, one], [zero]) == zero).all()
+
+
+def test_few_pages_of_two_digits_are_read_as_one():
+    digits, random = load_data("digits").test.images.numpy(), np.random.default_rng(0)
+    pages = []
+    for index in range(0, 60, 2):
+        pair = [cv2.resize(digits[index + side], (100, 100), interpolation=cv2.INTER_CUBIC) for side in (0, 1)]
+        ink = np.pad(np.hstack(pair), 40).astype(np.float32) / 255
+        page = 230 - 180 * np.clip(3 * ink - 0.9, 0, 1) + random.normal(0, 5, ink.shape)
+        pages.append(to_mnist(np.clip(page, 0, 255).astype(np.uint8)))
+    assert (digit_confidences(np.array(pages)).max(1) > 0.8).sum() <= 3
 
 
 def test_reading_imports_no_torch():
