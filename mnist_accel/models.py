@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnist_accel import SHIPPED
 from mnist_accel.cli import UserError
 from mnist_accel.hub import download_files, reason
 from mnist_accel.metrics import confidences, fit_no_digit_level, fit_temperature
 from mnist_accel.onednn import Convolution, to_onednn, to_plain
 
-SHIPPED = Path(__file__).parent / "pretrained"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 DIGITS = [str(digit) for digit in range(10)]

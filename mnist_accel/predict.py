@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from mnist_accel import SHIPPED
 from mnist_accel.cli import UserError, importing, launched_processes
 from mnist_accel.image_files import Readers, Seen, find_images, grouped, in_order, readable, usable_cores
 from mnist_accel.output import check_output, check_writable, picture_format, write_table
@@ -73,7 +74,7 @@ def predict_folder(
             from accelerate.utils import broadcast_object_list
 
             from mnist_accel.distributed import build_accelerator, together
-            from mnist_accel.models import SHIPPED, load_model
+            from mnist_accel.models import load_model
         accelerator = build_accelerator()
         with together():
             if accelerator.is_main_process and not alone:
@@ -129,7 +130,7 @@ def _described(model: str, network: "DigitClassifier", as_is: bool) -> str:
 
 def default_model() -> Path:
     """The newest runs/*/best below the current folder, runs on `digits` aside; else the weights in the package."""
-    from mnist_accel.models import CONFIG_NAME, SHIPPED, WEIGHTS_NAME
+    from mnist_accel.models import CONFIG_NAME, WEIGHTS_NAME
 
     newest = (0.0, SHIPPED)
     for best in Path("runs").glob("*/best"):

@@ -8,13 +8,13 @@ import json
 import math
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
 import cv2
 import numpy as np
 from safetensors.numpy import load_file
 
-SHIPPED = Path(__file__).parent / "pretrained"
+from mnist_accel import SHIPPED
+
 # What is no digit gets little more than a tenth.
 DOUBTFUL, CLEAR = 0.3, 0.9
 # A shadow's edge is a stroke, and so is a one: what is to pass for a one has to be seen in that many readings.
