@@ -92,10 +92,7 @@ def use_all_cores() -> None:
     core without a word. Their 1 is told from a user's by what the launcher itself was started with.
     """
     chosen = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    command, environment = _launcher()
-    option = any(part.replace("-", "_").startswith("__num_cpu_threads_per_process") for part in command)
-    by_user = chosen != "1" or not command or option or "OMP_NUM_THREADS" in environment
-    if chosen.isdigit() and by_user:
+    if chosen.isdigit() and (chosen != "1" or _one_thread_was_chosen()):
         torch.set_num_threads(max(1, int(chosen)))
         return
     usable = usable_cores()
@@ -115,6 +112,12 @@ def _launcher() -> tuple[list[str], set[str]]:
     except (psutil.Error, OSError):
         return ["unknown"], set()
     return [], set()
+
+
+def _one_thread_was_chosen() -> bool:
+    command, environment = _launcher()
+    option = any(part.replace("-", "_").startswith("__num_cpu_threads_per_process") for part in command)
+    return not command or option or "OMP_NUM_THREADS" in environment
 
 
 def keep_freed_memory() -> None:
