@@ -154,6 +154,31 @@ def test_what_fails_on_one_rank_alone_ends_all_with_its_error(small_dataset, tmp
     assert_one_error_line(output, "No space left on device; make room")
 
 
+def _count_the_groups_threads() -> None:
+    from mnist_accel import cli
+
+    end_process = cli._end_process
+
+    def count_and_end(status: int) -> None:
+        names = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
+        print(f"{sum('gloo_runloop' in name for name in names)} threads of the group", flush=True)
+        end_process(status)
+
+    cli._end_process = count_and_end
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in Linux' own files")
+def test_nothing_waits_for_the_process_groups_threads_at_the_end(small_dataset, tmp_path):
+    job = Job(
+        ["--dataset", str(small_dataset), "--max-steps", "1", "--batch-size", "16", "--output-dir", str(tmp_path / "run")],
+        tmp_path / "logs",
+        processes=2,
+        fault=_count_the_groups_threads,
+    )  # fmt: skip
+    assert job.wait() == [0, 0]
+    assert int(re.search(r"(\d+) threads of the group", job.output())[1]) > 0
+
+
 def test_an_error_without_a_message_is_an_error_all_the_same():
     with pytest.raises(SharedError, match="TimeoutError"), together():
         raise TimeoutError
