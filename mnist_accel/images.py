@@ -190,7 +190,7 @@ def _other_readings(values: np.ndarray) -> Iterator[np.ndarray]:
     grey = one_channel(values)
     if is_two_toned(grey):
         return  # no shadow falls on a drawing
-    coloured = _find_at_working_size(saturation(values))
+    coloured = find_digit(_at_working_size(saturation(values)))
     if coloured is not None:
         yield _set_in_box(coloured)
     yield from map(_set_in_box, other_readings(_at_working_size(grey)))
@@ -240,31 +240,30 @@ def _centre(sums: np.ndarray) -> float:
 
 
 def _find(values: np.ndarray) -> Grey | None:
-    """The digit's ink in (H, W, 1 or 3) float32, looked for at a working size.
-
-    A digit small in its image is looked at again, closer, and a sheet of paper on a desk is looked at alone.
-    """
+    """The digit's ink in (H, W, 1 or 3) float32; a sheet of paper on a desk is looked at alone."""
     grey = one_channel(values)
-    tiny = _is_tiny(values)
-    sheet = None if tiny else find_light_sheet(fitted(grey, SHEET_SIDE))
+    if _is_tiny(values):
+        return find_digit(_at_working_size(grey), tight=True, tiny=True)
+    sheet = find_light_sheet(fitted(grey, SHEET_SIDE))
     on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / SHEET_SIDE))
     # A digit that the sheet's edge cuts lies in a patch of light.
     if on_sheet is not None and not Parts((on_sheet > 0.5).astype(np.uint8)).at_edge().any():
         return on_sheet
-    even = grey if tiny else even_light(grey)
-    strength = _find_at_working_size(even, tight=tiny, tiny=tiny)
-    if strength is not None and not tiny:
-        on_sheet = _find_on_sheet(values, strength)
-        if on_sheet is not None:
-            return on_sheet
+    even = even_light(grey)
+    strength = find_digit(_at_working_size(even))
+    on_sheet = None if strength is None else _find_on_sheet(values, strength)
+    if on_sheet is not None:
+        return on_sheet
     # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.
-    narrow = not tiny and is_narrow(grey)
-    if narrow and (strength is None or longest_side(strength > 0.5) > 0.8 * max(strength.shape)):
-        as_crop = _find_at_working_size(grey, tight=True)
+    if is_narrow(grey) and (strength is None or longest_side(strength > 0.5) > 0.8 * max(strength.shape)):
+        as_crop = find_digit(_at_working_size(grey), tight=True)
         if as_crop is not None:
             return as_crop
-    if strength is None:
-        return None
+    return None if strength is None else _seen_closer(strength, even)
+
+
+def _seen_closer(strength: Grey, grey: Grey) -> Grey:
+    """The digit as found in the whole image; one that is small in it as found in what lies around it alone."""
     scale = max(grey.shape) / max(strength.shape)
     box = box_of(strength > 0.5)
     longest = max(strength[box].shape)
@@ -274,7 +273,7 @@ def _find(values: np.ndarray) -> Grey | None:
         slice(max(0, int((ends.start - 0.5 * longest) * scale)), int((ends.stop + 0.5 * longest) * scale) + 1)
         for ends in box
     )
-    closer = _find_at_working_size(even[rows, columns])
+    closer = find_digit(_at_working_size(grey[rows, columns]))
     return strength if closer is None else closer
 
 
@@ -287,10 +286,6 @@ def _find_on_sheet(values: np.ndarray, strength: Grey) -> Grey | None:
         if found is not None:
             return found
     return None
-
-
-def _find_at_working_size(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | None:
-    return find_digit(_at_working_size(grey), tight, tiny)
 
 
 def _at_working_size(grey: Grey) -> Grey:

@@ -35,7 +35,7 @@ Sheet = np.ndarray
 MIN_PEN = 0.09
 
 
-def find_digit(grey: Grey, tight: bool, tiny: bool) -> Grey | None:
+def find_digit(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | None:
     """The strength of a digit's ink in an image of either polarity: 0 off the digit; None where there is no ink.
 
     Args:
