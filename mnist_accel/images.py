@@ -180,8 +180,8 @@ def to_mnist(pixels: np.ndarray, second_look: bool = True) -> np.ndarray:
 
 def _parts_of(strength: Grey) -> Iterator[np.ndarray]:
     """The separate parts of what was found, (28, 28) uint8 each, specks aside."""
-    parts = Parts((strength > 0.5).astype(np.uint8))
-    for part in 1 + np.flatnonzero(parts.area[1:] > 0.1 * parts.area[1:].max()):
+    parts = Parts(strength > 0.5)
+    for part in np.flatnonzero(parts.area > 0.1 * parts.area.max()):
         yield _set_in_box(strength * parts.mask(part))
 
 
@@ -247,7 +247,7 @@ def _find(values: np.ndarray) -> Grey | None:
     sheet = find_light_sheet(fitted(grey, SHEET_SIDE))
     on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / SHEET_SIDE))
     # A digit that the sheet's edge cuts lies in a patch of light.
-    if on_sheet is not None and not Parts((on_sheet > 0.5).astype(np.uint8)).at_edge().any():
+    if on_sheet is not None and not Parts(on_sheet > 0.5).at_edge().any():
         return on_sheet
     even = even_light(grey)
     strength = find_digit(_at_working_size(even))

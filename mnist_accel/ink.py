@@ -66,7 +66,7 @@ def find_digit(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | No
             ink = inked(rest, noise)
             parts = Parts(ink)
             shading = parts.at_edge() & (parts.sums(mask) < 0.5 * parts.area)  # which only the frame had outshone
-            digit = _with_islands(_of_one_pen(_digit_parts(ink & ~shading[parts.labels], rest), rest), ink)
+            digit = _with_islands(_of_one_pen(_digit_parts(ink & ~parts.mask(shading), rest), rest), ink)
             # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left;
             # but it covers no half of one of the image's sides, as a scanner's dark edge does.
             sides = foreign[0], foreign[-1], foreign[:, 0], foreign[:, -1]
@@ -138,7 +138,7 @@ def _filled(mask: Mask, strength: Grey, smooth: Grey) -> tuple[Mask, Grey]:
     inside = without_holes(mask)
     around = grown(inside, 11) & ~grown(inside, 5)
     holes = Parts(inside & ~mask)
-    if holes.count < 2 or not around.any() or holes.size[holes.largest()].min() <= 0.1 * max(mask.shape):
+    if not holes or not around.any() or holes.size[holes.largest()].min() <= 0.1 * max(mask.shape):
         return mask, strength
     hole = holes.mask(holes.largest())
     outline, enclosed, paper = (float(np.median(smooth[part > 0])) for part in (mask, hole, around))
@@ -190,7 +190,7 @@ def _sheet_lighter_than(smooth: Grey, level: float) -> Sheet | None:
     closed = cv2.copyMakeBorder(broad, gap, gap, gap, gap, cv2.BORDER_CONSTANT)
     closed = cv2.morphologyEx(closed, cv2.MORPH_CLOSE, np.ones((gap, gap), np.uint8))[gap:-gap, gap:-gap]
     parts = Parts(closed)
-    if parts.count < 2 or parts.at_edge()[parts.largest()] or parts.area[parts.largest()] < 0.2 * light.size:
+    if not parts or parts.at_edge()[parts.largest()] or parts.area[parts.largest()] < 0.2 * light.size:
         return None
     whole = parts.mask(parts.largest())
     around = float(np.median(smooth[whole == 0]))
@@ -218,7 +218,7 @@ def _written_sheet(found: Mask, whole: Mask, torn: bool) -> Sheet | None:
         return None
     sheet = cv2.drawContours(np.zeros_like(found), [outline], -1, 1, cv2.FILLED)
     strokes = sheet & ~found
-    longest = Parts(strokes).size[1:].max(initial=0)
+    longest = Parts(strokes).size.max(initial=0)
     if longest < (0.1 if regular else 0.3) * min(size):
         return None
     blank = float(distance_to_paper(sheet & found).max())
@@ -270,7 +270,7 @@ def upright(values: np.ndarray, sheet: Sheet, scale: float) -> np.ndarray:
 def _digit_parts(mask: Mask, strength: Grey) -> Mask:
     """The part of the mask with most ink nearest to the middle, and the parts that belong to it."""
     parts = Parts(mask)
-    if parts.count < 2:
+    if not parts:
         return mask
     at_edge, area, mass = parts.at_edge(), parts.area, parts.sums(strength)
     off_centre = np.hypot(*(parts.middle / mask.shape[::-1] - 0.5).T)
@@ -279,7 +279,6 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
     # A magnet, a pin or a hole that was punched is as dark as ink and solid.
     solid = (area > 0.7 * parts.size.prod(1)) & (parts.size.max(1) < 1.7 * parts.size.min(1))
     score = mass * (1 - 0.8 * off_centre) * np.where(at_edge, 0.5, 1.0) * np.where(flat | solid, 0.3, 1.0)
-    score[0] = -1
     kept = score == score.max()
     main_at_edge = at_edge[kept].any()
     pen = stroke_width(parts.mask(score.argmax()))
@@ -306,9 +305,8 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
         second = ~at_edge & (tall > 0.6) & (tall < 1.6)
         second &= (mass > 0.3 * mass[kept].max()) & (area > 0.3 * area[kept].max())
         more = (own | second) & ~kept & ~spot & ~around
-        more[0] = False
         if not more.any():
-            return kept.astype(np.uint8)[parts.labels]
+            return parts.mask(kept)
         kept |= more
 
 

@@ -11,24 +11,26 @@ def foreign_parts(mask: Mask, strength: Grey) -> Mask:
     lines = _crossing_lines(mask, strength)
     lines |= _touched_lines(mask & ~lines)
     height, width = mask.shape
-    parts = Parts(mask & ~lines)
+    rest = mask & ~lines
+    parts = Parts(rest)
     border = np.ones_like(mask)
     depth_y, depth_x = round(0.15 * height), round(0.15 * width)
     border[depth_y : height - depth_y, depth_x : width - depth_x] = 0
     foreign = parts.at_edge() & (parts.sums(border) / parts.area > 0.85)
-    for part in 1 + np.flatnonzero((parts.size[1:] > (0.2 * width, 0.2 * height)).all(1)):
+    for part in np.flatnonzero((parts.size > (0.2 * width, 0.2 * height)).all(1)):
         shape = parts.mask(part)
         large = (parts.size[part] > (0.5 * width, 0.5 * height)).all()
-        foreign[part] |= (large and _is_frame(shape[box_of(shape)])) or _is_drawn_around(shape, parts)
+        foreign[part] |= (large and _is_frame(shape[box_of(shape)])) or _is_drawn_around(shape, rest)
     # What lies around a corner of the image is the desk beside a sheet, where a digit stands free.
-    around = np.zeros(parts.count, bool)
-    around[parts.labels[CORNERS]] = True
+    corners = np.zeros_like(mask)
+    corners[CORNERS] = 1
+    around = parts.touching(corners)
     others = np.where(around | foreign, 0, parts.area)
-    others[0] = around[0] = 0
-    largest = int(others.argmax())
-    if others.any() and not parts.at_edge()[largest] and parts.size[largest].max() > 0.12 * max(mask.shape):
-        foreign |= around
-    return lines | foreign.astype(np.uint8)[parts.labels]
+    if others.any():
+        largest = others.argmax()
+        if not parts.at_edge()[largest] and parts.size[largest].max() > 0.12 * max(mask.shape):
+            foreign |= around
+    return lines | parts.mask(foreign)
 
 
 def _is_frame(shape: Mask) -> bool:
@@ -39,8 +41,8 @@ def _is_frame(shape: Mask) -> bool:
     return min(side.mean() for side in sides) > 0.9 and not shape[2 * y : -2 * y, 2 * x : -2 * x].any()
 
 
-def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
-    """Whether a thin ring or box, about as wide as high, has a part inside that is a good deal of its height."""
+def _is_drawn_around(shape: Mask, mask: Mask) -> bool:
+    """Whether a thin ring or box, about as wide as high, has ink inside that is a good deal of its height."""
     height, width = shape[box_of(shape)].shape
     if not 0.75 < width / height < 1.33:
         return False
@@ -53,10 +55,10 @@ def _is_drawn_around(shape: Mask, parts: Parts) -> bool:
         closed |= bridge
     filled = without_holes(closed)
     holes = Parts(filled & ~closed)
-    if holes.count < 2:
+    if not holes:
         return False
     hole = holes.mask(holes.largest())
-    inside = hole & (parts.labels > 0)
+    inside = hole & mask
     return hole.sum() > 0.6 * filled.sum() and inside[box_of(inside)].shape[0] > 0.28 * height
 
 
@@ -67,7 +69,7 @@ def _crossing_lines(mask: Mask, strength: Grey) -> Mask:
     if not lines:
         return result
     rest = Parts(mask & ~np.bitwise_or.reduce(lines))
-    if rest.count < 2:
+    if not rest:
         return result
     # A 7's bar, or a 4's stem, in a close crop, is told from a line by what is left: without the line, the digit stands
     # free of the image's edges; without the bar, the 7's stem still reaches one. A line through the middle must also be
@@ -89,23 +91,22 @@ def _crossing_lines(mask: Mask, strength: Grey) -> Mask:
     # Where two lines cross, the dot that each of them takes for a stroke of the other is left.
     left = Parts(mask & ~result)
     dots = left.touching(grown(result, 3)) & (left.size.max(1) <= 2.5 * stroke_width(result) + 2)
-    return result | dots.astype(np.uint8)[left.labels]
+    return result | left.mask(dots)
 
 
 def _touched_lines(mask: Mask) -> Mask:
     """Straight lines that the digit touches and that are no strokes of it: one to write on, a box that it crosses."""
     result = np.zeros_like(mask)
     parts = Parts(mask)
-    extent = np.where(parts.at_edge(), 0, parts.size.max(1))
-    extent[0] = 0
-    part = int(extent.argmax())
-    if extent[part] < 0.12 * max(mask.shape):
+    extents = np.where(parts.at_edge(), 0, parts.size.max(1))
+    extent = extents.max(initial=0)
+    if extent < 0.12 * max(mask.shape):
         return result
-    whole = parts.mask(part)
+    whole = parts.mask(extents.argmax())
     box = box_of(whole)
     shape = whole[box]
-    level = _level_lines(shape, 0.5 * extent[part], 0.12)
-    upright = [line.T for line in _level_lines(shape.T.copy(), 0.5 * extent[part], 0.12)]
+    level = _level_lines(shape, 0.5 * extent, 0.12)
+    upright = [line.T for line in _level_lines(shape.T.copy(), 0.5 * extent, 0.12)]
     if len(level) > 1 and len(upright) > 1:
         strokes = shape & ~np.bitwise_or.reduce(level + upright)
         pen = max(stroke_width(each) for each in [*level, *upright, strokes])
@@ -115,7 +116,7 @@ def _touched_lines(mask: Mask) -> Mask:
             return result
     for line in level:
         rest = Parts(shape & ~line)
-        if rest.count < 2:
+        if not rest:
             continue
         digit = rest.mask(rest.largest())
         across, along, longest = box_of(digit)[1], box_of(line)[1], longest_side(digit)
@@ -160,7 +161,7 @@ def _level_lines(mask: Mask, shortest: float | np.ndarray, thickest: float) -> l
     runs = Parts(cv2.morphologyEx(thick, cv2.MORPH_OPEN, np.ones((1, max(3, width // 4)), np.uint8)) & mask)
     lines = []
     lengths = np.broadcast_to(shortest, height)
-    for run in range(1, runs.count):
+    for run in range(len(runs)):
         (wide, high), area = runs.size[run], runs.area[run]
         least = lengths[runs.start[run, 1] + high // 2]
         if wide >= least and high <= 0.25 * height and area <= thickest * height * wide:

@@ -91,7 +91,7 @@ def _holds_a_digit(strokes: Mask, rest: Mask) -> bool:
     at_edge = int(parts.area[parts.at_edge()].sum())
     inside = int(strokes.sum()) - at_edge
     is_frame = at_edge > 0.3 * strokes.sum() and inside < 0.2 * rest.sum()
-    return parts.size[1:].max(initial=0) >= 0.05 * max(strokes.shape) and not is_frame
+    return parts.size.max(initial=0) >= 0.05 * max(strokes.shape) and not is_frame
 
 
 def _from_outside(smooth: Grey, mask: Mask) -> Mask:
@@ -100,11 +100,11 @@ def _from_outside(smooth: Grey, mask: Mask) -> Mask:
     They reach its edge, or a broad dark that does.
     """
     closed = _closed(smooth, 0.35)
-    broad = Parts((closed < 0.8 * np.median(closed)).astype(np.uint8))
-    outside = broad.at_edge()[broad.labels].astype(np.uint8)
+    broad = Parts(closed < 0.8 * np.median(closed))
+    outside = broad.mask(broad.at_edge())
     outside[[0, -1]], outside[:, [0, -1]] = 1, 1
     parts = Parts(mask)
-    return parts.touching(grown(outside, 9)).astype(np.uint8)[parts.labels]
+    return parts.mask(parts.touching(grown(outside, 9)))
 
 
 def inked(strength: Grey, noise: float) -> Mask:
@@ -169,8 +169,8 @@ def _paper(smooth: Grey, tight: bool = False) -> Grey:
     closed, side = _closed(smooth, 0.35, tight), _reach(smooth, 0.35, tight) // 4 | 1
     even = cv2.blur(closed, (side, side))
     # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
-    dark = Parts((closed < 0.9 * even).astype(np.uint8))
-    return np.where(dark.at_edge()[dark.labels], closed, even)
+    dark = Parts(closed < 0.9 * even)
+    return np.where(dark.mask(dark.at_edge()), closed, even)
 
 
 def _roughness(smooth: Grey, tight: bool) -> float:

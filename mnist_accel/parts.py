@@ -49,34 +49,37 @@ def grown(mask: np.ndarray, side: int) -> np.ndarray:
 
 
 class Parts:
-    """A mask's connected parts: each pixel's part, and each part's box and middle as x and y; part 0 is the rest."""
+    """A mask's connected parts, numbered from 0: each one's box and middle as x and y, and its area in pixels."""
 
-    def __init__(self, mask: Mask) -> None:
-        stats: np.ndarray
-        self.count, self.labels, stats, self.middle = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    def __init__(self, mask: np.ndarray) -> None:
+        _, self._labels, stats, middle = cv2.connectedComponentsWithStats(np.asarray(mask, np.uint8), connectivity=8)
+        stats, self.middle = np.asarray(stats)[1:], middle[1:]  # the first is all that is not in the mask
         self.start, self.size, self.area = stats[:, :2], stats[:, 2:4], stats[:, cv2.CC_STAT_AREA]
         self.end = self.start + self.size
 
+    def __len__(self) -> int:
+        return len(self.area)
+
     def at_edge(self) -> np.ndarray:
-        """Which parts, the rest aside, reach an edge of the image."""
-        reach = ((self.start == 0) | (self.end == self.labels.shape[::-1])).any(1)
-        return reach & (np.arange(self.count) > 0)
+        """Which parts reach an edge of the image."""
+        return ((self.start == 0) | (self.end == self._labels.shape[::-1])).any(1)
 
     def touching(self, mask: Mask) -> np.ndarray:
-        """Which parts, the rest aside, have a pixel in this mask."""
-        reach = np.zeros(self.count, bool)
-        reach[self.labels[mask > 0]] = True
-        return reach & (np.arange(self.count) > 0)
+        """Which parts have a pixel in this mask."""
+        return self.sums(mask) > 0
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """The sum of (H, W) values over each part."""
-        return np.bincount(self.labels.ravel(), weights=values.ravel(), minlength=self.count)
+        return np.bincount(self._labels.ravel(), weights=values.ravel(), minlength=len(self) + 1)[1:]
 
     def largest(self) -> int:
-        return 1 + int(self.area[1:].argmax())
+        return int(self.area.argmax())
 
-    def mask(self, part: int | np.integer) -> Mask:
-        return (self.labels == part).astype(np.uint8)
+    def mask(self, chosen: int | np.integer | np.ndarray) -> Mask:
+        """One part, or those for which `chosen`, bool, is true."""
+        shown = np.zeros(len(self) + 1, np.uint8)
+        shown[1:][chosen] = 1
+        return shown[self._labels]
 
 
 def distance_to_paper(mask: Mask) -> np.ndarray:
