@@ -208,15 +208,13 @@ def _already_mnist(pixels: np.ndarray) -> np.ndarray | None:
     """The image or its negative where it follows MNIST's rule, and making it (28, 28) uint8 loses nothing."""
     if pixels.shape[:2] != (SIDE, SIDE):
         return None
-    if pixels.dtype == np.uint16:
-        if (pixels % 257).any():
-            return None
-        pixels = (pixels // 257).astype(np.uint8)
-    if pixels.ndim == 3:
-        if (pixels[..., :3] != pixels[..., :1]).any() or (pixels[..., 3:] != 255).any():
-            return None
-        pixels = np.ascontiguousarray(pixels[..., 0])
-    return next((candidate for candidate in (pixels, 255 - pixels) if follows_mnist_rule(candidate)), None)
+    white = np.iinfo(pixels.dtype).max
+    channels, step = pixels.reshape(SIDE, SIDE, -1), white // 255
+    grey = channels[..., 0]
+    if (channels[..., :3] != grey[..., None]).any() or (channels[..., 3:] != white).any() or (grey % step).any():
+        return None
+    grey = (grey // step).astype(np.uint8)
+    return next((candidate for candidate in (grey, 255 - grey) if follows_mnist_rule(candidate)), None)
 
 
 def follows_mnist_rule(image: np.ndarray) -> bool:
