@@ -9,6 +9,7 @@ from mnist_accel.lines import foreign_parts
 from mnist_accel.paper import (
     denoised,
     find_ink,
+    find_ink_in_even_light,
     inked,
     is_dark_ink,
     is_two_toned,
@@ -51,10 +52,11 @@ def find_digit(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | No
     even = tight or is_two_toned(grey)  # ink is told from paper by one threshold for all of the image
     if not is_dark_ink(smooth, even):
         smooth = 1 - smooth
-    mask, strength, noise = find_ink(smooth, even)
+    find = find_ink_in_even_light if even else find_ink
+    mask, strength, noise = find(smooth)
     if not tight and (not mask.any() or _too_broad(mask)):
         # Where a sheet of paper fills most of the image, its desk can pass for the paper and the sheet for noise.
-        other = find_ink(1 - smooth, even)
+        other = find(1 - smooth)
         if not mask.any() or _is_patch_of_light(mask, other[0], smooth):
             smooth, (mask, strength, noise) = 1 - smooth, other
     if not tight:

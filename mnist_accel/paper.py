@@ -42,11 +42,8 @@ def denoised(grey: Grey) -> Grey:
     return cv2.GaussianBlur(grey, (0, 0), max(0.5, max(grey.shape) / 256))
 
 
-def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
+def find_ink(smooth: Grey) -> tuple[Mask, Grey, float]:
     """Where there is dark ink, how much darker than the paper each pixel is (see `_ink_strength`), and its noise."""
-    if tight:
-        strength, noise = _ink_strength_of_crop(smooth)
-        return inked(strength, noise), strength, noise
     strength, noise = _ink_strength(smooth, _paper(smooth))
     mask = inked(strength, noise)
     # Ink is darker than the shadows around it, and a broad pen's strokes are as dark where they are narrow.
@@ -66,6 +63,20 @@ def find_ink(smooth: Grey, tight: bool) -> tuple[Mask, Grey, float]:
     if shadow.sum() > 0.5 * rest.sum() and np.median(strength[strokes > 0]) >= 1.4 * np.median(strength[shadow > 0]):
         return strokes, narrow * grown(strokes, 5), narrow_noise
     return mask, strength, noise
+
+
+def find_ink_in_even_light(smooth: Grey) -> tuple[Mask, Grey, float]:
+    """The same where one threshold will do: in a drawing, or a close crop with too little paper to show a shadow."""
+    is_paper = smooth * 255 > otsu(smooth)
+    paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else smooth.max())
+    strength, _, noise = _darkness(smooth, paper)
+    # Ink can cover most of a close crop, so its percentiles say nothing of noise. But two tones then account for most
+    # of the variance; of normal noise they account for 0.64, of a ramp or uniform noise for 0.75.
+    share = is_paper.mean()
+    between = share * (1 - share) * (smooth[is_paper].mean() - smooth[~is_paper].mean()) ** 2 if 0 < share < 1 else 0.0
+    noise = 0.0 if between > 0.75 * float(smooth.var()) else noise
+    strength = np.maximum(strength, 0)
+    return inked(strength, noise), strength, noise
 
 
 def other_strengths(smooth: Grey) -> Iterator[tuple[Grey, float]]:
@@ -189,18 +200,6 @@ def _ink_strength(smooth: Grey, paper: Grey) -> tuple[Grey, float]:
     """How much darker each pixel is than the paper, as a share of the paper's brightness, and the noise of that."""
     strength, blank, noise = _darkness(smooth, paper)
     return np.maximum(strength - blank, 0), noise
-
-
-def _ink_strength_of_crop(smooth: Grey) -> tuple[Grey, float]:
-    """The same for a close crop, whose light is even and which has too little paper to follow a shadow on."""
-    is_paper = smooth * 255 > otsu(smooth)
-    paper = np.full_like(smooth, np.median(smooth[is_paper]) if is_paper.any() else smooth.max())
-    strength, _, noise = _darkness(smooth, paper)
-    # Ink can cover most of a close crop, so its percentiles say nothing of noise. But two tones then account for most
-    # of the variance; of normal noise they account for 0.64, of a ramp or uniform noise for 0.75.
-    share = is_paper.mean()
-    between = share * (1 - share) * (smooth[is_paper].mean() - smooth[~is_paper].mean()) ** 2 if 0 < share < 1 else 0.0
-    return np.maximum(strength, 0), 0.0 if between > 0.75 * float(smooth.var()) else noise
 
 
 def _darkness(smooth: Grey, paper: Grey) -> tuple[Grey, float, float]:
