@@ -289,13 +289,12 @@ def _digit_parts(mask: Mask, strength: Grey) -> Mask:
         # More than specks, and close to what is kept.
         start, end = parts.start[kept].min(0), parts.end[kept].max(0)
         longest, gaps = (end - start).max(), np.maximum(start - parts.end, parts.start - end)
-        gap = gaps.max(1)
         # What lies around it is the shadow of its sheet, or half a frame.
         inset = 0.2 * (end - start)
         around = ((parts.start < start + inset) & (parts.end > end - inset)).all(1)
-        close = (area > 0.03 * area[kept].sum()) & (gap <= 0.25 * longest)
+        close = (area > 0.03 * area[kept].sum()) & (gaps.max(1) <= 0.25 * longest)
         # What reaches the image's edge while the main part does not is a neighbour's.
-        overlaps = (gap <= 0) & ((parts.middle > start) & (parts.middle < end)).all(1)
+        overlaps = ((parts.middle > start) & (parts.middle < end)).all(1)
         # Where a slanting line is in its middle; one end of it is higher. No bar of a digit is as long as it is high.
         below = parts.middle[:, 1] - 0.5 * area / parts.size[:, 0] - end[1]
         underline = flat & (below > np.where(parts.size[:, 0] > 0.9 * longest, 0, 0.05 * longest))
