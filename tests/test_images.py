@@ -333,6 +333,8 @@ VARIANTS = {
     "large": lambda d: paint(draw(d, 900, 1600)),
     "a small digit on a large page": lambda d: paint(draw(d, 800, 900, 0.12, 0.012, at=(0.7, 0.25))),
     "a tight 16x16 scan": lambda d: (255 * draw(d, 16, 16, 0.86, 0.12)).astype(np.uint8),
+    "a tight 16x16 scan out of focus": lambda d: cv2.GaussianBlur(
+        (255 * draw(d, 16, 16, 0.86, 0.12)).astype(np.uint8), (0, 0), 0.9),
     "a tight 16x16 negative": lambda d: (255 - 255 * draw(d, 16, 16, 0.86, 0.12)).astype(np.uint8),
     "bilevel": lambda d: ((draw(d, 32, 32, 0.85, 0.12) < 0.5) * 255).astype(np.uint8),
     "low contrast": lambda d: noise(paint(draw(d), (150, 150, 150), (175, 175, 175)), 3),
