@@ -49,10 +49,10 @@ def find_digit(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | No
         (H, W) float32 in 0..1, with a margin on all sides where a thin stroke was made wider; ink is what is over 0.5.
     """
     smooth = denoised(grey)
-    even = tight or is_two_toned(grey)  # ink is told from paper by one threshold for all of the image
-    if not is_dark_ink(smooth, even):
+    evenly_lit = tight or is_two_toned(grey)  # ink is told from paper by one threshold for all of the image
+    if not is_dark_ink(smooth, evenly_lit):
         smooth = 1 - smooth
-    find = find_ink_in_even_light if even else find_ink
+    find = find_ink_in_even_light if evenly_lit else find_ink
     mask, strength, noise = find(smooth)
     if not tight and (not mask.any() or _too_broad(mask)):
         # Where a sheet of paper fills most of the image, its desk can pass for the paper and the sheet for noise.

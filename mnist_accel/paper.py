@@ -125,17 +125,17 @@ def inked(strength: Grey, noise: float) -> Mask:
     return (strength > (0.4 * float(np.median(ink)) if ink.size else np.inf)).astype(np.uint8)
 
 
-def is_dark_ink(smooth: Grey, tight: bool) -> bool:
+def is_dark_ink(smooth: Grey, evenly_lit: bool) -> bool:
     """Whether the ink is darker than the paper."""
     # Of the two candidates for paper - the image with all dark, or with all light strokes filled in - the true one is
     # smooth, whatever the shadows: filling in the paper between strokes leaves the digit's outline. Logarithms give ink
     # in a shadow more of the contrast that it has in the light.
     small = fitted(smooth, 64, at_least=3)
-    light = small if tight else np.log2(1 + small)
-    roughness = _roughness(light, tight) - _roughness(1 - light, tight)
+    light = small if evenly_lit else np.log2(1 + small)
+    roughness = _roughness(light, evenly_lit) - _roughness(1 - light, evenly_lit)
     dark = small * 255 <= otsu(small)
     edge = float(np.concatenate([dark[0], dark[-1], dark[:, 0], dark[:, -1]]).mean())
-    if not tight:
+    if not evenly_lit:
         # A thick stroke and the rim of paper around it can be as smooth.
         return roughness + 0.1 * (edge - 0.5) < 0
     # Crops without paper around the digit are all outline; there, paper is what most of the edge and the corners show.
@@ -162,31 +162,31 @@ def otsu_level(strength: Grey) -> float:
     return otsu(strength / highest) / 255 * highest
 
 
-def _reach(smooth: Grey, share: float, tight: bool = False) -> int:
+def _reach(smooth: Grey, share: float, evenly_lit: bool = False) -> int:
     """A share of the image's side in pixels, an odd number."""
     # In a narrow photo the longer side says little of the strokes.
-    side = smooth.size**0.5 if is_narrow(smooth) and not tight else max(smooth.shape)
+    side = smooth.size**0.5 if is_narrow(smooth) and not evenly_lit else max(smooth.shape)
     return int(share * side) | 1
 
 
-def _closed(smooth: Grey, share: float, tight: bool = False) -> Grey:
+def _closed(smooth: Grey, share: float, evenly_lit: bool = False) -> Grey:
     """The image with all that is dark and narrower than this share of it filled in; edges of what is broader stay."""
-    reach = _reach(smooth, share, tight)
+    reach = _reach(smooth, share, evenly_lit)
     return cv2.morphologyEx(smooth, cv2.MORPH_CLOSE, np.ones((reach, reach), np.uint8))
 
 
-def _paper(smooth: Grey, tight: bool = False) -> Grey:
+def _paper(smooth: Grey, evenly_lit: bool = False) -> Grey:
     """The image with all that is dark and narrower than a third of it, as any pen's stroke is, filled in."""
-    closed, side = _closed(smooth, 0.35, tight), _reach(smooth, 0.35, tight) // 4 | 1
+    closed, side = _closed(smooth, 0.35, evenly_lit), _reach(smooth, 0.35, evenly_lit) // 4 | 1
     even = cv2.blur(closed, (side, side))
     # Beyond the sharp edge of a shadow, which reaches in from outside, this is too bright: the dark would pass for ink.
     dark = Parts(closed < 0.9 * even)
     return np.where(dark.mask(dark.at_edge()), closed, even)
 
 
-def _roughness(smooth: Grey, tight: bool) -> float:
+def _roughness(smooth: Grey, evenly_lit: bool) -> float:
     """Mean slope of the paper, if the ink were dark, per image length and over the ink's contrast; 6 without ink."""
-    paper = _paper(smooth, tight)
+    paper = _paper(smooth, evenly_lit)
     contrast = paper - smooth
     contrast = contrast - np.percentile(contrast, 30)
     highest = float(contrast.max())
