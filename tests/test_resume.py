@@ -218,10 +218,13 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path, calm_run):
     assert job.wait() == [2] and "--dataset was other data" in job.output()
 
 
-def test_a_damaged_checkpoint_costs_one_checkpoint_not_the_run(small_dataset, tmp_path, calm_run):
+@pytest.mark.parametrize("damage", ["cut short", "a changed bit"])
+def test_a_damaged_checkpoint_costs_one_checkpoint_not_the_run(small_dataset, tmp_path, calm_run, damage):
     shutil.copytree(calm_run, tmp_path / "run")
-    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    (newest / "training_state.pt").write_bytes((newest / "training_state.pt").read_bytes()[:5000])
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "training_state.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 64
+    newest.write_bytes(content if damage == "a changed bit" else content[:5000])
     job = train([*options(small_dataset, tmp_path / "run"), "--resume", "auto"], tmp_path / "logs")
     assert "is damaged" in job.output()
     assert_same_run(calm_run, tmp_path / "run")
@@ -261,17 +264,6 @@ def test_a_run_that_max_steps_ended_within_an_epoch_is_resumed_and_goes_on_as_if
     for file in weights_then:
         shutil.copy(file, tmp_path / "run" / "best" / file.name)
     train([*run, "--resume", "auto"], tmp_path / "logs")
-    assert_same_run(calm_run, tmp_path / "run")
-
-
-def test_a_checkpoint_with_a_changed_byte_is_passed_over(small_dataset, tmp_path, calm_run):
-    shutil.copytree(calm_run, tmp_path / "run")
-    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "training_state.pt"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 64
-    newest.write_bytes(content)
-    job = train([*options(small_dataset, tmp_path / "run"), "--resume", "auto"], tmp_path / "logs")
-    assert "is damaged" in job.output()
     assert_same_run(calm_run, tmp_path / "run")
 
 
