@@ -95,17 +95,8 @@ def test_a_folder_that_holds_another_run_is_left_alone(small_dataset, tmp_path, 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_move(small_dataset, tmp_path, processes):
-    statuses, output = run(
-        small_dataset,
-        tmp_path,
-        "--optimizer",
-        "sgd",
-        "--learning-rate",
-        "1e30",
-        "--checkpoint-every",
-        "1",
-        processes=processes,
-    )
+    diverging = ["--optimizer", "sgd", "--learning-rate", "1e30", "--checkpoint-every", "1"]
+    statuses, output = run(small_dataset, tmp_path, *diverging, processes=processes)
     assert statuses == [2] * processes, output
     assert_one_error_line(output, "not finite", "learning rate 1e+30", "step_0000")
     step = int(re.search(r"at step (\d+)", output)[1])
