@@ -19,19 +19,8 @@ from mnist_accel.optim import learning_rate
 from mnist_accel.run_folder import CONTENT
 from mnist_accel.seeding import derive_seed, generator
 
-SGD = [
-    "--optimizer",
-    "sgd",
-    "--learning-rate",
-    "0.05",
-    "--dropout",
-    "0.3",
-    "--augment",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "3",
-]
+SGD = ["--optimizer", "sgd", "--learning-rate", "0.05", "--dropout", "0.3", "--augment"]
+SGD += ["--batch-size", "16", "--epochs", "3"]
 
 
 def weights(folder: Path, name: str = "final") -> dict[str, torch.Tensor]:

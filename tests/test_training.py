@@ -219,19 +219,8 @@ def test_without_a_tracker_there_is_no_tensorboard_folder(small_dataset, tmp_pat
 
 
 def test_the_config_that_a_run_leaves_repeats_it_bit_for_bit(small_dataset, tmp_path):
-    options = [
-        "--epochs",
-        "2",
-        "--augment",
-        "--ema-decay",
-        "0.9",
-        "--scheduler",
-        "cosine",
-        "--seed",
-        "5",
-        "--max-steps",
-        "15",
-    ]
+    options = ["--epochs", "2", "--augment", "--ema-decay", "0.9", "--scheduler", "cosine"]
+    options += ["--seed", "5", "--max-steps", "15"]
     first = run(small_dataset, tmp_path / "first", *options)
     with own_process():
         Trainer(parse_config(["--config", str(first / "config.yaml"), "--output-dir", str(tmp_path / "second")])).run()
