@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +40,16 @@ def option(default: Any, help: str, **argument: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, **argument})
 
 
-def _text_or_off(text: str, form: str = "(?s).*", what: str = "") -> str | None:
-    if text.lower() in ("off", "none"):
-        return None
-    if not re.fullmatch(form, text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return text
+def _text_or_off(text: str) -> str | None:
+    return None if text.lower() in _OFF else text
 
 
-_REPOSITORY = partial(
-    _text_or_off, form=r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]*\w)?", what="of the form USER/NAME"
-)
+def _repository_or_off(text: str) -> str | None:
+    if text.lower() not in _OFF and not re.fullmatch(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]*\w)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form USER/NAME")
+    return _text_or_off(text)
+
+
 _RATE, _FRACTION = number(float, 0, words={"off": 0.0}), number(float, 0, 1, words={"off": 0.0})
 _OFF = {"off": None, "none": None}
 _COUNT_OR_OFF, _NUMBER_OR_OFF = number(int, 1, words=_OFF), number(float, 0, words=_OFF)
@@ -99,7 +97,7 @@ class TrainConfig:
     report_to: str = option(
         "tensorboard", "'none', or any tracker that Accelerate knows", type=lambda text: _text_or_off(text) or "none"
     )
-    push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", type=_REPOSITORY)
+    push_to_hub: str | None = option(None, "USER/NAME: upload best/ as this model repository", type=_repository_or_off)
     auto_batch_size: bool = option(False, "out of memory: halve the micro-batch, double accumulation", action=SWITCH)
 
     def __post_init__(self) -> None:
