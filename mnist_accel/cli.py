@@ -134,19 +134,17 @@ def importing() -> Iterator[None]:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks, as told by the launcher's environment."""
-    return _from_launcher("RANK", default="0") == "0"
+    return (_first_set("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK") or "0") == "0"
 
 
 def launched_processes() -> str:
     """How many processes the launcher says that it started."""
-    return _from_launcher("SIZE", default="1")
+    return _first_set("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE") or "1"
 
 
-def _from_launcher(what: str, default: str) -> str:
-    """A process's RANK, or the SIZE of the world, in the environment of torchrun, or else of a kind of mpirun."""
-    own = {"RANK": "RANK", "SIZE": "WORLD_SIZE"}[what]
-    names = (own, f"OMPI_COMM_WORLD_{what}", f"PMI_{what}", f"MV2_COMM_WORLD_{what}")
-    return next(filter(None, map(os.environ.get, names)), default)
+def _first_set(*names: str) -> str | None:
+    """The first of these environment variables that is set, of torchrun or else of a kind of mpirun."""
+    return next(filter(None, map(os.environ.get, names)), None)
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
