@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.channels import one_channel, over_paper, saturation, without_margin
 from mnist_accel.image_files import THUMBNAIL, Seen, readable
-from mnist_accel.ink import find_digit, find_light_sheet, find_sheet, other_readings, upright
+from mnist_accel.ink import find_digit, find_digit_of_crop, find_light_sheet, find_sheet, other_readings, upright
 from mnist_accel.paper import even_light, is_two_toned
 from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
 from mnist_accel.second_look import clearest
@@ -241,7 +241,7 @@ def _find(values: np.ndarray) -> Grey | None:
     """The digit's ink in (H, W, 1 or 3) float32; a sheet of paper on a desk is looked at alone."""
     grey = one_channel(values)
     if _is_tiny(values):
-        return find_digit(_at_working_size(grey), tight=True, tiny=True)
+        return find_digit_of_crop(_at_working_size(grey), tiny=True)
     sheet = find_light_sheet(fitted(grey, SHEET_SIDE))
     on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / SHEET_SIDE))
     # A digit that the sheet's edge cuts lies in a patch of light.
@@ -254,7 +254,7 @@ def _find(values: np.ndarray) -> Grey | None:
         return on_sheet
     # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.
     if is_narrow(grey) and (strength is None or longest_side(strength > 0.5) > 0.8 * max(strength.shape)):
-        as_crop = find_digit(_at_working_size(grey), tight=True)
+        as_crop = find_digit_of_crop(_at_working_size(grey), tiny=False)
         if as_crop is not None:
             return as_crop
     return None if strength is None else _seen_closer(strength, even)

@@ -36,48 +36,55 @@ Sheet = np.ndarray
 MIN_PEN = 0.09
 
 
-def find_digit(grey: Grey, tight: bool = False, tiny: bool = False) -> Grey | None:
+def find_digit(grey: Grey) -> Grey | None:
     """The strength of a digit's ink in an image of either polarity: 0 off the digit; None where there is no ink.
 
     Args:
         grey: (H, W) float32 in 0..1, 96 to 224 pixels on its longest side: ink is judged at the scale of whole strokes.
-        tight: the image is so small or so narrow that it must be a crop of the digit alone. Then its ink may touch
-            every edge, and a bar along an edge is a 7's or a 2's, not a frame's.
-        tiny: it was so small before it was enlarged that even a stroke's edge fades slowly.
 
     Returns:
         (H, W) float32 in 0..1, with a margin on all sides where a thin stroke was made wider; ink is what is over 0.5.
     """
     smooth = denoised(grey)
-    evenly_lit = tight or is_two_toned(grey)  # ink is told from paper by one threshold for all of the image
+    evenly_lit = is_two_toned(grey)
+    find = find_ink_in_even_light if evenly_lit else find_ink
     if not is_dark_ink(smooth, evenly_lit):
         smooth = 1 - smooth
-    find = find_ink_in_even_light if evenly_lit else find_ink
     mask, strength, noise = find(smooth)
-    if not tight and (not mask.any() or _too_broad(mask)):
+    if not mask.any() or _too_broad(mask):
         # Where a sheet of paper fills most of the image, its desk can pass for the paper and the sheet for noise.
         other = find(1 - smooth)
         if not mask.any() or _is_patch_of_light(mask, other[0], smooth):
             smooth, (mask, strength, noise) = 1 - smooth, other
-    if not tight:
-        mask, strength = _filled(mask, strength, smooth)
-        foreign = foreign_parts(mask, strength)
-        if foreign.any():
-            # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
-            rest = _without(foreign, mask, strength)
-            ink = inked(rest, noise)
-            parts = Parts(ink)
-            shading = parts.at_edge() & (parts.sums(mask) < 0.5 * parts.area)  # which only the frame had outshone
-            digit = _with_islands(_of_one_pen(_digit_parts(ink & ~parts.mask(shading), rest), rest), ink)
-            # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left;
-            # but it covers no half of one of the image's sides, as a scanner's dark edge does.
-            sides = foreign[0], foreign[-1], foreign[:, 0], foreign[:, -1]
-            least = 0.04 if max(side.mean() for side in sides) > 0.5 else 0.12
-            if longest_side(digit) > least * max(digit.shape) and not _is_shading(strength, digit):
-                return _sharpened(rest, digit)
-    digit = _with_islands(_of_one_pen(_digit_parts(mask, strength), strength), mask)
-    found = digit.any() and (tiny or not _is_shading(strength, digit))
-    return _sharpened(strength, digit) if found else None
+    mask, strength = _filled(mask, strength, smooth)
+    foreign = foreign_parts(mask, strength)
+    if foreign.any():
+        # A printed frame can be many times darker than a pencil's digit: look again without it and its blur.
+        rest = _without(foreign, mask, strength)
+        ink = inked(rest, noise)
+        parts = Parts(ink)
+        shading = parts.at_edge() & (parts.sums(mask) < 0.5 * parts.area)  # which only the frame had outshone
+        digit = _digit(ink & ~parts.mask(shading), rest)
+        # A zero that fills the image lies along its edges as a frame does, and nothing as large as a digit is left;
+        # but it covers no half of one of the image's sides, as a scanner's dark edge does.
+        sides = foreign[0], foreign[-1], foreign[:, 0], foreign[:, -1]
+        least = 0.04 if max(side.mean() for side in sides) > 0.5 else 0.12
+        if longest_side(digit) > least * max(digit.shape) and not _is_shading(strength, digit):
+            return _sharpened(rest, digit)
+    digit = _digit(mask, strength)
+    return _sharpened(strength, digit) if digit.any() and not _is_shading(strength, digit) else None
+
+
+def find_digit_of_crop(grey: Grey, tiny: bool) -> Grey | None:
+    """As `find_digit`, in an image so small or so narrow that it must be a crop of the digit alone.
+
+    Then its ink may touch every edge, and a bar along an edge is a 7's or a 2's, not a frame's. Where it was so `tiny`
+    before it was enlarged that even a stroke's edge fades slowly, that is no sign of uneven light.
+    """
+    smooth = denoised(grey)
+    mask, strength, _ = find_ink_in_even_light(smooth if is_dark_ink(smooth, evenly_lit=True) else 1 - smooth)
+    digit = _digit(mask, strength)
+    return _sharpened(strength, digit) if digit.any() and (tiny or not _is_shading(strength, digit)) else None
 
 
 def other_readings(grey: Grey) -> Iterator[Grey]:
@@ -269,6 +276,12 @@ def upright(values: np.ndarray, sheet: Sheet, scale: float) -> np.ndarray:
     return seen.reshape(size[1], size[0], values.shape[2])
 
 
+def _digit(ink: Mask, strength: Grey) -> Mask:
+    """The digit among all ink; where it is a plate, broader than any stroke, with the counters of the digit on it."""
+    digit = _of_one_pen(_digit_parts(ink, strength), strength)
+    return digit | (ink & without_holes(digit)) if _is_broad(digit) else digit
+
+
 def _digit_parts(mask: Mask, strength: Grey) -> Mask:
     """The part of the mask with most ink nearest to the middle, and the parts that belong to it."""
     parts = Parts(mask)
@@ -322,11 +335,6 @@ def _of_one_pen(digit: Mask, strength: Grey) -> Mask:
     pen = _digit_parts(digit & (strength > 0.4 * float(np.median(inside[strong]))), strength)
     # A blot on a pencil's digit is no digit.
     return pen if longest_side(pen) > 0.35 * longest_side(digit) else digit
-
-
-def _with_islands(digit: Mask, mask: Mask) -> Mask:
-    """What was found, and where it is broader than any stroke, as a plate is, the counters of the digit on it."""
-    return digit | (mask & without_holes(digit)) if _is_broad(digit) else digit
 
 
 def _sharpened(strength: Grey, digit: Mask) -> Grey:
