@@ -197,10 +197,7 @@ def _other_readings(values: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _is_tiny(values: np.ndarray) -> bool:
-    """Whether there is no room for anything beside the digit, as in the size-normalised crops of archives.
-
-    (USPS, Semeion, optdigits.)
-    """
+    """Whether there is room for a digit alone, as in the size-normalised crops of USPS, Semeion and optdigits."""
     return min(values.shape[:2]) <= 40
 
 

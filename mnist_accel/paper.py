@@ -106,10 +106,7 @@ def _holds_a_digit(strokes: Mask, rest: Mask) -> bool:
 
 
 def _from_outside(smooth: Grey, mask: Mask) -> Mask:
-    """The parts of a mask that shadows can be, as these are cast from outside the image.
-
-    They reach its edge, or a broad dark that does.
-    """
+    """The parts of a mask that shadows can be: cast from outside, they reach the edge, or a broad dark that does."""
     closed = _closed(smooth, 0.35)
     broad = Parts(closed < 0.8 * np.median(closed))
     outside = broad.mask(broad.at_edge())
