@@ -262,6 +262,8 @@ def load_model(path_or_hub_id: str | Path | None = None) -> DigitClassifier:
     folder = find_weights(path_or_hub_id)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
+        if config["model"] not in MODELS:
+            raise ValueError(f"{config['model']!r} is none of {', '.join(MODELS)}")
         model = build_model(config["model"], config["class_names"])
         model.temperature, level = float(config.get("temperature", 1.0)), config.get("no_digit_level")
         model.no_digit_level = -math.inf if level is None else float(level)

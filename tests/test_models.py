@@ -228,7 +228,7 @@ def test_weights_that_are_no_finite_numbers_are_refused(folder, value):
 
 def test_a_description_of_an_unknown_network_is_refused(folder):
     (folder / "config.json").write_text('{"model": "resnet152", "class_names": ["0", "1"]}')
-    refused(folder, "resnet152")
+    refused(folder, "resnet152", "mnist_net", "deep_net")
 
 
 def test_a_pickle_is_neither_read_nor_taken_for_weights(folder, model):
