@@ -24,6 +24,7 @@ from mnist_accel.ink import find_digit, find_digit_of_crop, find_light_sheet, fi
 from mnist_accel.paper import even_light, is_two_toned
 from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
 from mnist_accel.second_look import clearest
+from mnist_accel.strokes import Digit
 
 SIDE, BOX = 28, 20
 with suppress(ImportError):  # what phones make is read where this plug-in for Pillow is installed
@@ -169,13 +170,14 @@ def to_mnist(pixels: np.ndarray, second_look: bool = True) -> np.ndarray:
     if made_so is not None:
         return made_so
     values = without_margin(over_paper(reduced(pixels, READ_SIDE)))
-    strength = _find(values)
-    if strength is None:
+    digit = _find(values)
+    if digit is None:
         return np.zeros((SIDE, SIDE), np.uint8)
-    first = _set_in_box(strength)
+    first = _set_in_box(digit.strength)
     if not second_look or _is_tiny(values):
         return first
-    return clearest(first, _parts_of(strength), _other_readings(values))
+    whole = None if digit.with_fainter_strokes is None else _set_in_box(digit.with_fainter_strokes)
+    return clearest(first, whole, _parts_of(digit.strength), _other_readings(values))
 
 
 def _parts_of(strength: Grey) -> Iterator[np.ndarray]:
@@ -192,8 +194,8 @@ def _other_readings(values: np.ndarray) -> Iterator[np.ndarray]:
         return  # no shadow falls on a drawing
     coloured = find_digit(_at_working_size(saturation(values)))
     if coloured is not None:
-        yield _set_in_box(coloured)
-    yield from map(_set_in_box, other_readings(_at_working_size(grey)))
+        yield _set_in_box(coloured.strength)
+    yield from (_set_in_box(digit.strength) for digit in other_readings(_at_working_size(grey)))
 
 
 def _is_tiny(values: np.ndarray) -> bool:
@@ -234,45 +236,46 @@ def _centre(sums: np.ndarray) -> float:
     return float(sums @ (np.arange(len(sums)) + 0.5)) / float(sums.sum())
 
 
-def _find(values: np.ndarray) -> Grey | None:
-    """The digit's ink in (H, W, 1 or 3) float32; a sheet of paper on a desk is looked at alone."""
+def _find(values: np.ndarray) -> Digit | None:
+    """The digit in (H, W, 1 or 3) float32; a sheet of paper on a desk is looked at alone."""
     grey = one_channel(values)
     if _is_tiny(values):
         return find_digit_of_crop(_at_working_size(grey), tiny=True)
     sheet = find_light_sheet(fitted(grey, SHEET_SIDE))
     on_sheet = None if sheet is None else _find(upright(values, sheet, max(grey.shape) / SHEET_SIDE))
     # A digit that the sheet's edge cuts lies in a patch of light.
-    if on_sheet is not None and not Parts(on_sheet > 0.5).at_edge().any():
+    if on_sheet is not None and not Parts(on_sheet.strength > 0.5).at_edge().any():
         return on_sheet
     even = even_light(grey)
-    strength = find_digit(_at_working_size(even))
-    on_sheet = None if strength is None else _find_on_sheet(values, strength)
+    digit = find_digit(_at_working_size(even))
+    on_sheet = None if digit is None else _find_on_sheet(values, digit.strength)
     if on_sheet is not None:
         return on_sheet
     # A narrow image is a phone's photo, with paper around the digit, or else a close crop of a digit as narrow.
-    if is_narrow(grey) and (strength is None or longest_side(strength > 0.5) > 0.8 * max(strength.shape)):
+    if is_narrow(grey) and (digit is None or longest_side(digit.strength > 0.5) > 0.8 * max(digit.strength.shape)):
         as_crop = find_digit_of_crop(_at_working_size(grey), tiny=False)
         if as_crop is not None:
             return as_crop
-    return None if strength is None else _seen_closer(strength, even)
+    return None if digit is None else _seen_closer(digit, even)
 
 
-def _seen_closer(strength: Grey, grey: Grey) -> Grey:
+def _seen_closer(digit: Digit, grey: Grey) -> Digit:
     """The digit as found in the whole image; one that is small in it as found in what lies around it alone."""
-    scale = max(grey.shape) / max(strength.shape)
-    box = box_of(strength > 0.5)
-    longest = max(strength[box].shape)
+    extent = digit.strength if digit.with_fainter_strokes is None else digit.with_fainter_strokes
+    scale = max(grey.shape) / max(extent.shape)
+    box = box_of(extent > 0.5)
+    longest = max(extent[box].shape)
     if longest >= SMALL_SIDE // 2 or scale <= 1.5:
-        return strength
+        return digit
     rows, columns = (
         slice(max(0, int((ends.start - 0.5 * longest) * scale)), int((ends.stop + 0.5 * longest) * scale) + 1)
         for ends in box
     )
     closer = find_digit(_at_working_size(grey[rows, columns]))
-    return strength if closer is None else closer
+    return digit if closer is None else closer
 
 
-def _find_on_sheet(values: np.ndarray, strength: Grey) -> Grey | None:
+def _find_on_sheet(values: np.ndarray, strength: Grey) -> Digit | None:
     """The digit on the sheet of paper that was found instead of it, where that is so."""
     scale = max(values.shape[:2]) / max(strength.shape)
     for level in (0.5, 0.1):  # the fainter part of a sheet lies in a shadow

@@ -28,22 +28,16 @@ from mnist_accel.parts import (
     stroke_width,
     without_holes,
 )
+from mnist_accel.strokes import Digit
 
 # The four corners of a sheet of paper, (4, 2) float32: x and y in pixels.
 Sheet = np.ndarray
 
-# The pen's width as a share of the digit's longest side: three of four MNIST digits are written with a wider one.
-MIN_PEN = 0.09
 
+def find_digit(grey: Grey) -> Digit | None:
+    """The digit in an image of either polarity, (H, W) float32 in 0..1; None where there is no ink.
 
-def find_digit(grey: Grey) -> Grey | None:
-    """The strength of a digit's ink in an image of either polarity: 0 off the digit; None where there is no ink.
-
-    Args:
-        grey: (H, W) float32 in 0..1, 96 to 224 pixels on its longest side: ink is judged at the scale of whole strokes.
-
-    Returns:
-        (H, W) float32 in 0..1, with a margin on all sides where a thin stroke was made wider; ink is what is over 0.5.
+    The longest side is 96 to 224 pixels: ink is judged at the scale of whole strokes.
     """
     smooth = denoised(grey)
     evenly_lit = is_two_toned(grey)
@@ -70,25 +64,25 @@ def find_digit(grey: Grey) -> Grey | None:
         sides = foreign[0], foreign[-1], foreign[:, 0], foreign[:, -1]
         least = 0.04 if max(side.mean() for side in sides) > 0.5 else 0.12
         if longest_side(digit) > least * max(digit.shape) and not _is_shading(strength, digit):
-            return _sharpened(rest, digit)
+            return Digit(rest, digit, noise)
     digit = _digit(mask, strength)
-    return _sharpened(strength, digit) if digit.any() and not _is_shading(strength, digit) else None
+    return Digit(strength, digit, noise) if digit.any() and not _is_shading(strength, digit) else None
 
 
-def find_digit_of_crop(grey: Grey, tiny: bool) -> Grey | None:
+def find_digit_of_crop(grey: Grey, tiny: bool) -> Digit | None:
     """As `find_digit`, in an image so small or so narrow that it must be a crop of the digit alone.
 
     Then its ink may touch every edge, and a bar along an edge is a 7's or a 2's, not a frame's. Where it was so `tiny`
     before it was enlarged that even a stroke's edge fades slowly, that is no sign of uneven light.
     """
     smooth = denoised(grey)
-    mask, strength, _ = find_ink_in_even_light(smooth if is_dark_ink(smooth, evenly_lit=True) else 1 - smooth)
+    mask, strength, noise = find_ink_in_even_light(smooth if is_dark_ink(smooth, evenly_lit=True) else 1 - smooth)
     digit = _digit(mask, strength)
-    return _sharpened(strength, digit) if digit.any() and (tiny or not _is_shading(strength, digit)) else None
+    return Digit(strength, digit, noise) if digit.any() and (tiny or not _is_shading(strength, digit)) else None
 
 
-def other_readings(grey: Grey) -> Iterator[Grey]:
-    """What else the digit's ink could be, as from `find_digit`, in an image where that shows no digit.
+def other_readings(grey: Grey) -> Iterator[Digit]:
+    """What else the digit could be, as from `find_digit`, in an image where that shows no digit.
 
     Any of `other_strengths`, dark or light, all of it or what is darkest of it.
     """
@@ -101,7 +95,7 @@ def other_readings(grey: Grey) -> Iterator[Grey]:
                     yield digit
 
 
-def _reading(strength: Grey, noise: float, darkest: bool) -> Grey | None:
+def _reading(strength: Grey, noise: float, darkest: bool) -> Digit | None:
     def ink(of: Grey) -> Mask:
         mask = inked(of, noise)
         return mask & (of > otsu_level(of[mask > 0])) if darkest and mask.any() else mask
@@ -112,7 +106,7 @@ def _reading(strength: Grey, noise: float, darkest: bool) -> Grey | None:
     foreign = foreign_parts(mask, strength)
     rest = _without(foreign, mask, strength)
     digit = _of_one_pen(_digit_parts(ink(rest), rest), rest)
-    return _sharpened(rest, digit) if digit.any() else None
+    return Digit(rest, digit, noise) if digit.any() else None
 
 
 def _without(foreign: Mask, mask: Mask, strength: Grey) -> Grey:
@@ -335,16 +329,3 @@ def _of_one_pen(digit: Mask, strength: Grey) -> Mask:
     pen = _digit_parts(digit & (strength > 0.4 * float(np.median(inside[strong]))), strength)
     # A blot on a pencil's digit is no digit.
     return pen if longest_side(pen) > 0.35 * longest_side(digit) else digit
-
-
-def _sharpened(strength: Grey, digit: Mask) -> Grey:
-    """The digit's strength, 0 on paper, 1 in full ink and a short ramp between, as where a bilevel scan is averaged."""
-    peak = float(np.percentile(strength[digit > 0], 75))
-    sharp: Grey = np.clip((strength / peak - 0.25) / 0.5, 0, 1).astype(np.float32) * grown(digit, 5)
-    solid = (sharp[box_of(sharp > 0.5)] > 0.5).astype(np.uint8)
-    missing = MIN_PEN * max(solid.shape) - stroke_width(solid)
-    if missing <= 1:
-        return sharp
-    size = round(missing) + 1
-    sharp = cv2.copyMakeBorder(sharp, size, size, size, size, cv2.BORDER_CONSTANT)
-    return cv2.dilate(sharp, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))

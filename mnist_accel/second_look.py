@@ -21,13 +21,19 @@ DOUBTFUL, CLEAR = 0.3, 0.9
 ONE, READINGS_OF_A_ONE = 1, 3
 
 
-def clearest(first: np.ndarray, parts: Iterable[np.ndarray], others: Iterable[np.ndarray]) -> np.ndarray:
+def clearest(
+    first: np.ndarray, whole: np.ndarray | None, parts: Iterable[np.ndarray], others: Iterable[np.ndarray]
+) -> np.ndarray:
     """The first reading, or where that looks like no digit at all the one of the others that clearly does, if any.
 
-    Readings are (28, 28) uint8, white ink on black. `parts` are the separate parts of the first one, each for itself:
+    Readings are (28, 28) uint8, white ink on black. `whole` is the first one with fainter strokes, if there are any:
+    without its end a digit often looks like another one, so that this is taken wherever it clearly is a digit. `parts`
+    are the separate parts of the first one, each for itself:
     where several of them are digits the image shows no single one, and another reading would only have lost the rest.
     These and the others are asked for only where they are needed.
     """
+    if whole is not None and digit_confidences(whole[None]).max() > CLEAR:
+        return whole
     if digit_confidences(first[None]).max() >= DOUBTFUL or _are_several_digits(np.array(list(parts), np.uint8)):
         return first
     readings = np.array(list(others), np.uint8)
