@@ -57,9 +57,9 @@ def write_checkpoint(folder: Path, step: int, content: dict[str, Any], keep: int
         # Into memory first: of a full disk torch.save says only "unexpected pos" in a C++ file.
         serialized = BytesIO()
         torch.save(content, serialized)
-        checksum = _checksum(serialized.getbuffer())
+        state = serialized.getvalue()  # not `getbuffer`: where its collector meets one, Python 3.12.1 crashes
         try:
-            for name, data in ((STATE_NAME, serialized.getbuffer()), (CHECKSUM_NAME, checksum)):
+            for name, data in ((STATE_NAME, state), (CHECKSUM_NAME, _checksum(state))):
                 with replacing(unfinished / name) as file:
                     file.write_bytes(data)
             if target.exists():
@@ -85,7 +85,7 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed-{checkpoint.name}")), ignore_errors=True)
 
 
-def _checksum(state: bytes | memoryview) -> bytes:
+def _checksum(state: bytes) -> bytes:
     return f"{hashlib.sha256(state).hexdigest()}  {STATE_NAME}\n".encode()
 
 

@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent, hold what `save` saw, and are read without executing anything."""
 
+import gc
 import os
 import pickle
 from pathlib import Path
@@ -113,6 +114,18 @@ def test_a_failed_write_leaves_nothing_under_a_complete_name_and_the_earlier_one
     monkeypatch.undo()
     save(folder, 3)  # there is room again
     assert names(folder) == ["step_00000003"]
+
+
+def test_what_a_failed_write_leaves_in_memory_is_collected_without_a_crash(folder, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    try:
+        save(folder, 1)
+    except UserError as error:
+        error.itself = error  # what it refers to, the frames of the write, is left to the collector
+    gc.collect()  # a crash here is that of Python 3.12.1
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(folder, monkeypatch):
