@@ -137,6 +137,19 @@ def is_first_rank() -> bool:
     return (_first_set("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK") or "0") == "0"
 
 
+def has_all_the_work() -> bool:
+    """Whether this process is to do what takes seconds, and one process does, however many were launched: the first.
+
+    From then on it counts as launched alone. Accelerate would have it meet the others, and these have gone: where one
+    left in the middle of that, it failed.
+    """
+    if not is_first_rank():
+        return False
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    return True
+
+
 def launched_processes() -> str:
     """How many processes the launcher says that it started."""
     return _first_set("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE") or "1"

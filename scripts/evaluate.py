@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mnist_accel.cli import DATASET_HELP, MODEL_HELP, CommandLine, is_first_rank, run_script
+from mnist_accel.cli import DATASET_HELP, MODEL_HELP, CommandLine, has_all_the_work, run_script
 
 
 def main() -> None:
@@ -15,6 +15,8 @@ def main() -> None:
     parser.add_argument("--mistakes", type=Path, metavar="FILE.png", help="draw the most confident mistakes")
     parser.add_argument("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
     options = parser.parse_args()
+    if not has_all_the_work():
+        return
 
     from accelerate import PartialState
 
@@ -26,8 +28,6 @@ def main() -> None:
     for picture in filter(None, (options.mistakes, options.confusion)):
         picture_format(picture)
     device = PartialState().device
-    if not is_first_rank():
-        return  # seconds of work: one process does it, however many were launched
     models, data = load_for_evaluation(options.model, options.dataset)
     split = data.test if options.split == "test" else data.train
     described = []

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, is_first_rank, run_script
+from mnist_accel.cli import MODEL_HELP, CommandLine, UserError, has_all_the_work, run_script
 
 ENDINGS = {"torchscript": ".pt", "onnx": ".onnx", "torch-export": ".pt2"}
 
@@ -13,8 +13,8 @@ def main() -> None:
     parser.add_argument("--format", required=True, choices=list(ENDINGS), help="onnx needs the `export` extra")
     parser.add_argument("--output", type=Path, help="the file to write (default: model.pt, model.onnx or model.pt2)")
     options = parser.parse_args()
-    if not is_first_rank():
-        return  # seconds of work: one process does it, however many were launched
+    if not has_all_the_work():
+        return
 
     from mnist_accel.export import CHECKED_BATCH_SIZES, export_model
     from mnist_accel.models import load_model

@@ -3,7 +3,7 @@
 from pathlib import Path
 from random import Random
 
-from mnist_accel.cli import COUNT, DATASET_HELP, MODEL_HELP, CommandLine, is_first_rank, number, run_script
+from mnist_accel.cli import COUNT, DATASET_HELP, MODEL_HELP, CommandLine, has_all_the_work, number, run_script
 
 MOST = 1000  # a picture of more is too large to look at
 
@@ -16,6 +16,8 @@ def main() -> None:
     parser.add_argument("--seed", type=COUNT, help="the same seed chooses the same images (default: others each time)")
     parser.add_argument("--output", type=Path, default=Path("random_samples_test.png"), help="the picture")
     options = parser.parse_args()
+    if not has_all_the_work():
+        return
 
     from accelerate import PartialState
 
@@ -26,8 +28,6 @@ def main() -> None:
 
     picture_format(options.output)
     device = PartialState().device
-    if not is_first_rank():
-        return
     models, data = load_for_evaluation(options.model and [options.model], options.dataset)
     total, names = len(data.test.labels), data.class_names
     chosen = Random(options.seed).sample(range(total), min(options.num_samples, total))

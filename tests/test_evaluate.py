@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from torch.nn import functional as F
 
 from mnist_accel import metrics
@@ -204,7 +203,6 @@ def test_script_measures_the_training_split_when_asked(run_evaluate, saved, tmp_
 
 @pytest.mark.parametrize("launcher", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
 def test_only_the_first_of_several_processes_prints(run_evaluate, saved, monkeypatch, launcher):
-    PartialState()  # a single process, whose rank is then taken for another
     monkeypatch.setenv(launcher, "1")
     assert run_evaluate("--model", saved[0], "--dataset", "digits") == ""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import Job, train
+from launching import Job, free_port, train
 from test_same_numbers import rows, weights
 
 from mnist_accel.cli import SharedError
@@ -168,6 +168,14 @@ def test_nothing_waits_for_the_process_groups_threads_at_the_end(small_dataset, 
     )  # fmt: skip
     assert job.wait() == [0, 0]
     assert int(re.search(r"(\d+) threads of the group", job.output())[1]) > 0
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "show_samples.py"])
+def test_what_one_process_does_waits_for_no_other(tmp_path, script):
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    options = ["--model", "shipped", "--dataset", "digits"]
+    assert Job(options, tmp_path / "logs", environment=launch, script=script, place=tmp_path).wait() == [0]
 
 
 def test_an_error_without_a_message_is_an_error_all_the_same():
