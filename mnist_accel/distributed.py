@@ -47,6 +47,10 @@ def build_accelerator(gradient_accumulation_steps: int = 1, report_to: str = "no
                 "with --multi_gpu, or run `accelerate config` without it"
             )
     warnings.filterwarnings("ignore", message="`log_with=.* was passed but no supported trackers")  # refused below
+    # Nothing that users could mend: the stride of an image's only channel may be any, and what torch 2.11 advises for
+    # a compiled network is less precise than what the launcher was asked for.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32 matrix multiplication available")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=gradient_accumulation_steps,

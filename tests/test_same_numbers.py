@@ -126,3 +126,10 @@ def test_a_training_is_what_a_plain_loop_over_whole_batches_computes(small_datas
     for epoch, row in enumerate(rows(tmp_path / "run")[:2]):
         assert row["train_loss"] == pytest.approx(losses[epoch], abs=1e-5)
         assert row["learning_rate"] == learning_rate(10 * epoch + 9, 20, config)
+
+
+def test_two_processes_in_bf16_say_nothing_that_nobody_can_mend(small_dataset, tmp_path):
+    options = ["--dataset", str(small_dataset), "--max-steps", "1", "--batch-size", "16", "--report-to", "none"]
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    job = train([*options, "--output-dir", str(tmp_path / "run")], tmp_path / "logs", processes=2, environment=bf16)
+    assert "Warning" not in job.output()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -24,6 +25,7 @@ from mnist_accel import evaluation, figures, load_model, models, trainer
 from mnist_accel.checkpoint import complete_checkpoints, read_checkpoint
 from mnist_accel.config import TrainConfig, parse_config
 from mnist_accel.data import load_data
+from mnist_accel.distributed import build_accelerator
 from mnist_accel.trainer import Trainer
 
 # 150 images in batches of 16: ten steps an epoch, the last one of 6 images.
@@ -504,6 +506,17 @@ def test_a_compiled_run_compiles_one_graph_and_leaves_the_same_weights(small_dat
         assert found.keys() == expected.keys()
         for key, tensor in found.items():
             torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=0)
+
+
+def test_advice_of_torch_s_that_users_cannot_follow_is_left_out(monkeypatch):
+    from torch._inductor import compile_fx
+
+    with own_process(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_accelerator()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        compile_fx._warn_tf32_disabled.__wrapped__()  # a warning in torch 2.11
 
 
 def test_gradients_that_accumulate_survive_memory_that_the_next_micro_batch_writes_over(
