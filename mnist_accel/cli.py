@@ -186,6 +186,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             from mnist_accel.distributed import tell_other_machines
 
             tell_other_machines(error)
+    except ModuleNotFoundError as error:
+        way_on = "install the project's packages, with `uv sync` or `pip install -e .`"
+        status = _report(f"{error}: {way_on}", anyone=os.environ.get("LOCAL_RANK") == "0")
     except RuntimeError as error:
         status = _report(_known_cause(error), anyone=True)
     except BrokenPipeError:  # the reader of our output (`| head`) has gone

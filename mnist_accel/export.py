@@ -101,7 +101,7 @@ def _to_onnx(model: DigitClassifier) -> bytes:
         onnx, *_ = (importlib.import_module(package) for package in ("onnx", "onnxscript", "onnxruntime"))
     except ImportError as error:
         raise UserError(
-            f"ONNX needs the package {error.name}: install it with `uv sync --extra export` "
+            f"ONNX needs a package that cannot be imported ({error}): install it with `uv sync --extra export` "
             "or `pip install 'mnist-accel[export]'`"
         ) from error
     converted = torch.onnx.export(

@@ -144,7 +144,7 @@ def test_a_file_that_differs_is_not_written_and_the_old_one_stays(tmp_path, monk
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_named_with_the_extra_that_installs_it(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"package {package}: .*--extra export"):
+    with pytest.raises(UserError, match=rf"{package}.*--extra export"):
         export.export_model(build_model("mnist_net"), "onnx", tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 

@@ -597,3 +597,10 @@ def test_a_disk_a_quota_or_a_limit_that_is_used_up_is_one_line(number):
     command = [sys.executable, "-c", program + "\nrun_script(main)", str(number)]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (2, "error: cannot write the output: full; make room\n")
+
+
+def test_a_package_that_is_not_installed_is_one_line():
+    program = "from mnist_accel.cli import run_script\nrun_script(lambda: __import__('not_installed'))"
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: No module named 'not_installed': install")
+    assert ended.stderr.count("\n") == 1 and "uv sync" in ended.stderr
