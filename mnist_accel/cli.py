@@ -25,6 +25,9 @@ DATASET_HELP = "a Hub id, a local folder, or digits (default: what the model was
 LAUNCHER_OPTIONS = {"--config-file", "--cpu", "--dynamo-backend", "--dynamo-mode", "--gpu-ids", "--machine-rank"}
 LAUNCHER_OPTIONS |= {"--main-process-ip", "--main-process-port", "--mixed-precision", "--multi-gpu", "--num-machines"}
 LAUNCHER_OPTIONS |= {"--num-cpu-threads-per-process", "--num-processes"}
+# A process's variables for its rank and for how many there are: of torchrun, or else of a kind of mpirun.
+RANK_NAMES = "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"
+SIZE_NAMES = "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"
 OTHER_NAMES = {"--lr": "--learning-rate", "--bs": "--batch-size", "--num-epochs": "--epochs", "--data": "--dataset"}
 
 
@@ -134,7 +137,7 @@ def importing() -> Iterator[None]:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks, as told by the launcher's environment."""
-    return (_first_set("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK") or "0") == "0"
+    return (_first_set(RANK_NAMES) or "0") == "0"
 
 
 def has_all_the_work() -> bool:
@@ -145,18 +148,17 @@ def has_all_the_work() -> bool:
     """
     if not is_first_rank():
         return False
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in (*RANK_NAMES, *SIZE_NAMES, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     return True
 
 
 def launched_processes() -> str:
     """How many processes the launcher says that it started."""
-    return _first_set("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE") or "1"
+    return _first_set(SIZE_NAMES) or "1"
 
 
-def _first_set(*names: str) -> str | None:
-    """The first of these environment variables that is set, of torchrun or else of a kind of mpirun."""
+def _first_set(names: Sequence[str]) -> str | None:
     return next(filter(None, map(os.environ.get, names)), None)
 
 
