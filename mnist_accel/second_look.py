@@ -27,10 +27,9 @@ def clearest(
     """The first reading, or where that looks like no digit at all the one of the others that clearly does, if any.
 
     Readings are (28, 28) uint8, white ink on black. `whole` is the first one with fainter strokes, if there are any:
-    without its end a digit often looks like another one, so that this is taken wherever it clearly is a digit. `parts`
-    are the separate parts of the first one, each for itself:
-    where several of them are digits the image shows no single one, and another reading would only have lost the rest.
-    These and the others are asked for only where they are needed.
+    cut off, a digit often looks like another one, so that this is taken wherever it clearly is a digit. `parts` are the
+    separate parts of the first one, each for itself: where several of them are digits the image shows no single one,
+    and another reading would only have lost the rest. These and the others are asked for only where they are needed.
     """
     if whole is not None and digit_confidences(whole[None]).max() > CLEAR:
         return whole
