@@ -137,7 +137,7 @@ def importing() -> Iterator[None]:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks, as told by the launcher's environment."""
-    return (_first_set(RANK_NAMES) or "0") == "0"
+    return _first_set(RANK_NAMES, default="0") == "0"
 
 
 def has_all_the_work() -> bool:
@@ -155,11 +155,11 @@ def has_all_the_work() -> bool:
 
 def launched_processes() -> str:
     """How many processes the launcher says that it started."""
-    return _first_set(SIZE_NAMES) or "1"
+    return _first_set(SIZE_NAMES, default="1")
 
 
-def _first_set(names: Sequence[str]) -> str | None:
-    return next(filter(None, map(os.environ.get, names)), None)
+def _first_set(names: Sequence[str], default: str) -> str:
+    return next(filter(None, map(os.environ.get, names)), default)
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:

@@ -41,30 +41,28 @@ class Digit:
         So does a pen that runs dry, and the ink is fainter there already. But so do creases, grain and shadows: this is
         another reading of the image, not always a better one.
         """
-        pen = max(3.0, stroke_width(self.mask))
+        pen, full = max(3.0, stroke_width(self.mask)), _full_ink(self.darkness, self.mask)
         level = max(0.1 * float(np.median(self.darkness[self.mask > 0])), 6 * self.noise)
-        faint = (self.darkness > level).astype(np.uint8) | self.mask
-        parts = Parts(faint)
+        parts = Parts((self.darkness > level) | (self.mask > 0))
         faint = parts.mask(parts.touching(self.mask))
         beyond = Parts(faint & ~grown(self.mask, int(pen) | 1))
 
         def is_stroke(part: np.intp) -> bool:
             own = beyond.mask(part)
-            beside = self.mask & grown(own, int(3 * pen) | 1)
-            if not beside.any() or stroke_width(own) > 1.5 * pen:
-                return False
             # What a stain or a wire runs into is as dark as all of the digit.
-            return _full_ink(self.darkness, beside) < 0.85 * _full_ink(self.darkness, self.mask)
+            beside = self.mask & grown(own, int(3 * pen) | 1)
+            return stroke_width(own) <= 1.5 * pen and _full_ink(self.darkness, beside) < 0.85 * full
 
         # Grain is smaller, and a fold or a line goes on to the image's edge.
         more = ~beyond.at_edge() & (beyond.area >= 0.05 * self.mask.sum()) & (beyond.size.max(1) >= 1.5 * pen)
         more[more] = [is_stroke(part) for part in np.flatnonzero(more)]
         if not more.any():
             return None
-        whole = self.mask | (faint & grown(beyond.mask(more), int(2 * pen) | 1))
         reach = int(2 * pen) | 1
-        near = cv2.blur(grown(self.darkness * whole, reach), (reach // 2 | 1, reach // 2 | 1))
-        return _sharpened(np.minimum(self.darkness / np.maximum(near, 1e-3), 1) * whole, whole)
+        whole = self.mask | (faint & grown(beyond.mask(more), reach))
+        ink = self.darkness * whole
+        near = cv2.blur(grown(ink, reach), (reach // 2 | 1, reach // 2 | 1))
+        return _sharpened(np.minimum(ink / np.maximum(near, 1e-3), 1), whole)
 
 
 def _full_ink(darkness: Grey, mask: Mask) -> float:
