@@ -20,7 +20,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_accel.channels import one_channel, over_paper, saturation, without_margin
 from mnist_accel.image_files import THUMBNAIL, Seen, readable
-from mnist_accel.ink import find_digit, find_digit_of_crop, find_light_sheet, find_sheet, other_readings, upright
+from mnist_accel.ink import (
+    find_digit,
+    find_digit_across,
+    find_digit_of_crop,
+    find_light_sheet,
+    find_sheet,
+    other_readings,
+    upright,
+)
 from mnist_accel.paper import even_light, is_two_toned
 from mnist_accel.parts import Grey, Parts, box_of, fitted, is_narrow, longest_side, reduced
 from mnist_accel.second_look import clearest
@@ -169,15 +177,30 @@ def to_mnist(pixels: np.ndarray, second_look: bool = True) -> np.ndarray:
     made_so = _already_mnist(pixels)
     if made_so is not None:
         return made_so
-    values = without_margin(over_paper(reduced(pixels, READ_SIDE)))
+    values = without_margin(over_paper(reduced(_as_before_enlarging(pixels), READ_SIDE)))
     digit = _find(values)
-    if digit is None:
-        return np.zeros((SIDE, SIDE), np.uint8)
-    first = _set_in_box(digit.strength)
+    first = np.zeros((SIDE, SIDE), np.uint8) if digit is None else _set_in_box(digit.strength)
     if not second_look or _is_tiny(values):
         return first
-    whole = None if digit.with_fainter_strokes is None else _set_in_box(digit.with_fainter_strokes)
-    return clearest(first, whole, _parts_of(digit.strength), _other_readings(values))
+    across = find_digit_across(_at_working_size(one_channel(values)))
+    wholes = [] if across is None else [_set_in_box(across.strength)]
+    if digit is None:
+        return clearest(first, wholes, [], []) if wholes else first
+    if digit.with_fainter_strokes is not None:
+        wholes.append(_set_in_box(digit.with_fainter_strokes))
+    return clearest(first, wholes, _parts_of(digit.strength), _other_readings(values))
+
+
+def _as_before_enlarging(pixels: np.ndarray) -> np.ndarray:
+    """The image at the size from which it was enlarged by repeating pixels, as small scans often are to be looked at.
+
+    The edges of its large pixels would pass for those of strokes.
+    """
+    factor = 0
+    for lines in (pixels, pixels.swapaxes(0, 1)):
+        changes = np.flatnonzero((lines[1:] != lines[:-1]).any(axis=tuple(range(1, lines.ndim)))) + 1
+        factor = math.gcd(factor, len(lines), *changes.tolist())
+    return pixels[::factor, ::factor]
 
 
 def _parts_of(strength: Grey) -> Iterator[np.ndarray]:

@@ -81,6 +81,21 @@ def find_digit_of_crop(grey: Grey, tiny: bool) -> Digit | None:
     return Digit(strength, digit, noise) if digit.any() and (tiny or not _is_shading(strength, digit)) else None
 
 
+def find_digit_across(grey: Grey) -> Digit | None:
+    """As `find_digit`, where nearly all ink is one piece that reaches from one edge of the image to the opposite one.
+
+    So it is in a close crop of a digit. But it might be a digit with a line of its grid, or a shadow's edge.
+    """
+    digit = find_digit_of_crop(grey, tiny=True)
+    if digit is None:
+        return None
+    parts = Parts(digit.mask)
+    largest = parts.largest()
+    across = (parts.start[largest] == 0) & (parts.end[largest] == digit.mask.shape[::-1])
+    all_ink = inked(digit.darkness, digit.noise).sum()
+    return digit if across.any() and parts.area[largest] > 0.95 * all_ink else None
+
+
 def other_readings(grey: Grey) -> Iterator[Digit]:
     """What else the digit could be, as from `find_digit`, in an image where that shows no digit.
 

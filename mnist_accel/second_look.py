@@ -22,27 +22,31 @@ ONE, READINGS_OF_A_ONE = 1, 3
 
 
 def clearest(
-    first: np.ndarray, whole: np.ndarray | None, parts: Iterable[np.ndarray], others: Iterable[np.ndarray]
+    first: np.ndarray, wholes: list[np.ndarray], parts: Iterable[np.ndarray], others: Iterable[np.ndarray]
 ) -> np.ndarray:
     """The first reading, or where that looks like no digit at all the one of the others that clearly does, if any.
 
-    Readings are (28, 28) uint8, white ink on black. `whole` is the first one with fainter strokes, if there are any:
-    cut off, a digit often looks like another one, so that this is taken wherever it clearly is a digit. `parts` are the
-    separate parts of the first one, each for itself: where several of them are digits the image shows no single one,
-    and another reading would only have lost the rest. These and the others are asked for only where they are needed.
+    Readings are (28, 28) uint8, white ink on black. `wholes` have more of the image's ink than the first one: cut off,
+    a digit often looks like another one, so that these are taken wherever they clearly are a digit, and if need be
+    where they look more like one. `parts` are the separate parts of the first one, each for itself: where several of
+    them are digits the image shows no single one, and another reading would only have lost the rest. These and the
+    others are asked for only where they are needed.
     """
-    if whole is not None and digit_confidences(whole[None]).max() > CLEAR:
-        return whole
-    if digit_confidences(first[None]).max() >= DOUBTFUL or _are_several_digits(np.array(list(parts), np.uint8)):
+    readings = np.array([first, *wholes])
+    alike = digit_confidences(readings).max(1)
+    if alike[1:].max(initial=0) > CLEAR:
+        return readings[1 + alike[1:].argmax()]
+    if alike[0] >= DOUBTFUL or _are_several_digits(np.array(list(parts), np.uint8)):
         return first
-    readings = np.array(list(others), np.uint8)
-    if not len(readings):
-        return first
-    confidences = digit_confidences(readings)
-    if (confidences[:, ONE] > CLEAR).sum() < READINGS_OF_A_ONE:
-        confidences[:, ONE] = 0
-    best = int(confidences.max(1).argmax())
-    return readings[best] if confidences[best].max() > CLEAR else first
+    second = np.array(list(others), np.uint8)
+    if len(second):
+        confidences = digit_confidences(second)
+        if (confidences[:, ONE] > CLEAR).sum() < READINGS_OF_A_ONE:
+            confidences[:, ONE] = 0
+        best = int(confidences.max(1).argmax())
+        if confidences[best].max() > CLEAR:
+            return second[best]
+    return readings[alike.argmax()]
 
 
 def _are_several_digits(parts: np.ndarray) -> bool:
