@@ -71,5 +71,6 @@ def one_channel(values: np.ndarray) -> Grey:
 
 def saturation(values: np.ndarray) -> Grey:
     """(H, W) float32 in 0..1: how far from grey each pixel of (H, W, 1 or 3) is; a shadow does not change that."""
-    highest, lowest = values.max(2), values.min(2)
+    bands = cv2.split(values)  # numpy is slow along an axis of three
+    highest, lowest = np.maximum.reduce(bands), np.minimum.reduce(bands)
     return (highest - lowest) / (highest + np.float32(0.1))  # the constant keeps the noise of the dark down

@@ -141,7 +141,7 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
     values = over_paper(pixels)
     shrinks = max(values.shape[:2]) > THUMBNAIL
     small = fitted(values, THUMBNAIL, how=cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST)
-    return _as_bytes(cv2.cvtColor(small, cv2.COLOR_GRAY2RGB) if small.ndim == 2 else small)
+    return _as_bytes(cv2.cvtColor(small, cv2.COLOR_GRAY2RGB) if small.shape[2] == 1 else small)
 
 
 def resized(pixels: np.ndarray) -> np.ndarray:
@@ -182,13 +182,14 @@ def to_mnist(pixels: np.ndarray, second_look: bool = True) -> np.ndarray:
     first = np.zeros((SIDE, SIDE), np.uint8) if digit is None else _set_in_box(digit.strength)
     if not second_look or _is_tiny(values):
         return first
-    across = find_digit_across(_at_working_size(one_channel(values)))
+    # In a close crop the digit is large.
+    across = find_digit_across(_at_working_size(one_channel(reduced(values, SMALL_SIDE))))
     wholes = [] if across is None else [_set_in_box(across.strength)]
     if digit is None:
-        return clearest(first, wholes, [], []) if wholes else first
+        return clearest(first, wholes, [], [], []) if wholes else first
     if digit.with_fainter_strokes is not None:
         wholes.append(_set_in_box(digit.with_fainter_strokes))
-    return clearest(first, wholes, _parts_of(digit.strength), _other_readings(values))
+    return clearest(first, wholes, _coloured(values), _parts_of(digit.strength), _other_readings(values))
 
 
 def _as_before_enlarging(pixels: np.ndarray) -> np.ndarray:
@@ -210,15 +211,22 @@ def _parts_of(strength: Grey) -> Iterator[np.ndarray]:
         yield _set_in_box(strength * parts.mask(part))
 
 
+def _coloured(values: np.ndarray) -> Iterator[np.ndarray]:
+    """What ink of more colour than the paper shows by itself, (28, 28) uint8, if there is any."""
+    colour = _at_working_size(saturation(values))
+    digit = find_digit(colour)
+    if digit is not None and np.median(colour[digit.mask > 0]) > np.median(colour):
+        yield _set_in_box(digit.strength)
+
+
 def _other_readings(values: np.ndarray) -> Iterator[np.ndarray]:
     """What else an image may show than what `_find` sees in it, (28, 28) uint8 each, for `clearest` to choose from."""
     grey = one_channel(values)
     if is_two_toned(grey):
         return  # no shadow falls on a drawing
-    coloured = find_digit(_at_working_size(saturation(values)))
-    if coloured is not None:
-        yield _set_in_box(coloured.strength)
-    yield from (_set_in_box(digit.strength) for digit in other_readings(_at_working_size(grey)))
+    for digit in (find_digit(_at_working_size(saturation(values))), *other_readings(_at_working_size(grey))):
+        if digit is not None:
+            yield _set_in_box(digit.strength)
 
 
 def _is_tiny(values: np.ndarray) -> bool:

@@ -93,7 +93,11 @@ def find_digit_across(grey: Grey) -> Digit | None:
     largest = parts.largest()
     across = (parts.start[largest] == 0) & (parts.end[largest] == digit.mask.shape[::-1])
     all_ink = inked(digit.darkness, digit.noise).sum()
-    return digit if across.any() and parts.area[largest] > 0.95 * all_ink else None
+    if not across.any() or parts.area[largest] <= 0.95 * all_ink:
+        return None
+    box = box_of(digit.mask)
+    is_frame = without_holes(digit.mask)[box].mean() > 0.9 and digit.mask[box].mean() < 0.6
+    return None if is_frame else digit
 
 
 def other_readings(grey: Grey) -> Iterator[Digit]:

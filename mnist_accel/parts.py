@@ -15,7 +15,7 @@ def fitted(image: np.ndarray, side: int, at_least: int = 1, how: int = cv2.INTER
     height, width = image.shape[:2]
     scale = side / max(height, width)
     size = max(at_least, round(width * scale)), max(at_least, round(height * scale))
-    return cv2.resize(image, size, interpolation=how)
+    return cv2.resize(image, size, interpolation=how).reshape(size[1], size[0], *image.shape[2:])
 
 
 def reduced(image: np.ndarray, side: int) -> np.ndarray:

@@ -16,37 +16,50 @@ from safetensors.numpy import load_file
 from mnist_accel import SHIPPED
 
 # What is no digit gets little more than a tenth.
-DOUBTFUL, CLEAR = 0.3, 0.9
+DOUBTFUL, SURE, CLEAR = 0.3, 0.8, 0.9
 # A shadow's edge is a stroke, and so is a one: what is to pass for a one has to be seen in that many readings.
 ONE, READINGS_OF_A_ONE = 1, 3
 
 
 def clearest(
-    first: np.ndarray, wholes: list[np.ndarray], parts: Iterable[np.ndarray], others: Iterable[np.ndarray]
+    first: np.ndarray,
+    wholes: list[np.ndarray],
+    coloured: Iterable[np.ndarray],
+    parts: Iterable[np.ndarray],
+    others: Iterable[np.ndarray],
 ) -> np.ndarray:
-    """The first reading, or where that looks like no digit at all the one of the others that clearly does, if any.
+    """The first reading, or where another one is clearly a digit and the first may be none, that one.
 
     Readings are (28, 28) uint8, white ink on black. `wholes` have more of the image's ink than the first one: cut off,
     a digit often looks like another one, so that these are taken wherever they clearly are a digit, and if need be
-    where they look more like one. `parts` are the separate parts of the first one, each for itself: where several of
-    them are digits the image shows no single one, and another reading would only have lost the rest. These and the
-    others are asked for only where they are needed.
+    where they look more like one. The `coloured` one has coloured ink only, and is asked for where the first one is
+    not sure or may be a line. `parts` are the separate parts of the first one, each for itself: where several of them
+    are digits the image shows no single one, and another reading would only have lost the rest. These and the others
+    are asked for where the first one looks like no digit at all.
     """
     readings = np.array([first, *wholes])
-    alike = digit_confidences(readings).max(1)
+    confidences = digit_confidences(readings)
+    alike = confidences.max(1)
     if alike[1:].max(initial=0) > CLEAR:
         return readings[1 + alike[1:].argmax()]
-    if alike[0] >= DOUBTFUL or _are_several_digits(np.array(list(parts), np.uint8)):
-        return first
-    second = np.array(list(others), np.uint8)
-    if len(second):
-        confidences = digit_confidences(second)
-        if (confidences[:, ONE] > CLEAR).sum() < READINGS_OF_A_ONE:
-            confidences[:, ONE] = 0
-        best = int(confidences.max(1).argmax())
-        if confidences[best].max() > CLEAR:
-            return second[best]
-    return readings[alike.argmax()]
+    found = None
+    if alike[0] < SURE or confidences[0].argmax() == ONE:
+        found = _clear_digit(coloured)
+    if found is not None or alike[0] >= DOUBTFUL or _are_several_digits(np.array(list(parts), np.uint8)):
+        return first if found is None else found
+    found = _clear_digit(others)
+    return readings[alike.argmax()] if found is None else found
+
+
+def _clear_digit(choice: Iterable[np.ndarray]) -> np.ndarray | None:
+    readings = np.array(list(choice), np.uint8)
+    if not len(readings):
+        return None
+    confidences = digit_confidences(readings)
+    if (confidences[:, ONE] > CLEAR).sum() < READINGS_OF_A_ONE:
+        confidences[:, ONE] = 0
+    best = int(confidences.max(1).argmax())
+    return readings[best] if confidences[best].max() > CLEAR else None
 
 
 def _are_several_digits(parts: np.ndarray) -> bool:

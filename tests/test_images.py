@@ -10,6 +10,7 @@ from drawn_digits import STROKES, draw, paint
 from PIL import Image
 
 from mnist_accel import images
+from mnist_accel.data import EMBEDDED
 from mnist_accel.images import ImageError, follows_mnist_rule, read_digit, read_image, to_mnist
 
 DIGITS = list(STROKES)
@@ -508,6 +509,16 @@ def test_a_close_crop_of_one_bit_is_read_alike_at_any_size(digit):
         enlarged = cv2.resize(scan, None, fx=times, fy=times, interpolation=cv2.INTER_NEAREST)
         for pixels in (enlarged, 255 - enlarged):
             assert likeness(to_mnist(pixels), to_mnist(scan)) > 0.9, times
+
+
+@pytest.mark.parametrize("factor", [2, 9, 40])
+def test_repeated_pixels_are_read_as_they_were_before(factor):
+    with np.load(EMBEDDED) as archive:
+        scans = (archive["images"][:20] * 15.9).astype(np.uint8)
+    for scan in [*scans, np.stack([255 - scans[0]] * 3, axis=2)]:
+        large = scan.repeat(factor, axis=0).repeat(factor, axis=1)
+        assert (to_mnist(large) == to_mnist(scan)).all()
+        assert (to_mnist(large[: 3 * factor]) == to_mnist(scan[:3])).all()
 
 
 @pytest.mark.parametrize("side", [1, 2, 16, 28, 41, 100, 700])

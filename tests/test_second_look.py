@@ -9,7 +9,7 @@ import pytest
 import torch
 from drawn_digits import STROKES, draw, paint
 
-from mnist_accel.data import load_data
+from mnist_accel.data import EMBEDDED, load_data
 from mnist_accel.images import to_mnist
 from mnist_accel.models import load_model
 from mnist_accel.second_look import clearest, digit_confidences
@@ -103,20 +103,53 @@ def test_a_clear_reading_is_not_questioned_and_a_doubtful_one_gives_way_only_to_
         raise AssertionError("the other readings were asked for")
         yield
 
-    assert (clearest(zero, None, never(), never()) == zero).all()
-    assert (clearest(noise, None, [], []) == noise).all()
+    assert (clearest(zero, [], never(), never(), never()) == zero).all()
+    assert (clearest(noise, [], [], [], []) == noise).all()
     # What a fainter stroke completes may have been a digit without it.
-    assert (clearest(one, zero, never(), never()) == zero).all()
-    assert (clearest(one, noise, never(), never()) == one).all()
-    assert (clearest(noise, None, [noise], [255 - noise, noise]) == noise).all()
-    assert (clearest(noise, None, [noise], [noise, zero]) == zero).all()
+    assert (clearest(one, [noise, zero], never(), never(), never()) == zero).all()
+    assert (clearest(one, [noise], [], never(), never()) == one).all()
+    # Where nothing is clear, more ink that looks a little more like a digit is better than less.
+    blurred = cv2.GaussianBlur(zero, (0, 0), 2)
+    assert (clearest(noise, [blurred], [], [], []) == blurred).all()
+    # A one may be a line of the paper, which is grey; that a line alone is coloured makes it no digit.
+    assert (clearest(one, [], [zero], never(), never()) == zero).all()
+    assert (clearest(one, [], [noise], never(), never()) == one).all()
+    assert (clearest(noise, [], [one], [noise], []) == noise).all()
+    assert (clearest(noise, [], [], [noise], [255 - noise, noise]) == noise).all()
+    assert (clearest(noise, [], [], [noise], [noise, zero]) == zero).all()
     # The edge of a shadow makes a stroke in one reading or two.
-    assert (clearest(noise, None, [noise], [one, one, noise]) == noise).all()
-    assert (clearest(noise, None, [noise], [one, one, one]) == one).all()
+    assert (clearest(noise, [], [], [noise], [one, one, noise]) == noise).all()
+    assert (clearest(noise, [], [one], [noise], [one, one]) == noise).all()
+    assert (clearest(noise, [], [], [noise], [one, one, one]) == one).all()
     # Two digits are no digit; but of many parts, some look like ones.
-    assert (clearest(noise, None, [zero, one], never()) == noise).all()
-    assert (clearest(noise, None, [zero, noise, zero], never()) == noise).all()
-    assert (clearest(noise, None, [zero, noise, one, one], [zero]) == zero).all()
+    assert (clearest(noise, [], [], [zero, one], never()) == noise).all()
+    assert (clearest(noise, [], [], [zero, noise, zero], never()) == noise).all()
+    assert (clearest(noise, [], [], [zero, noise, one, one], [zero]) == zero).all()
+
+
+@pytest.mark.parametrize("sides", [["upper"], ["lower"], ["upper", "left", "right"]])
+@pytest.mark.parametrize("digit", STROKES)
+def test_coloured_ink_is_told_from_a_cells_black_lines_that_it_touches(digit, sides):
+    ink = draw(digit, pen=0.07)
+    photo, (rows, columns) = paint(ink), (np.flatnonzero(ink.max(axis) > 0.5) for axis in (1, 0))
+    top, bottom, left, right = rows[0] + 4, rows[-1] - 3, columns[0] + 4, columns[-1] - 3
+    for side in sides:
+        lines = {"upper": np.s_[top - 4 : top], "lower": np.s_[bottom : bottom + 4]}
+        lines |= {"left": np.s_[:, left - 4 : left], "right": np.s_[:, right : right + 4]}
+        photo[lines[side]] = 50
+    beyond = {side: 6 if side in sides else 20 for side in ("upper", "lower", "left", "right")}
+    cell = photographed(photo, np.ones((200, 200)))
+    cell = cell[top - beyond["upper"] : bottom + beyond["lower"], left - beyond["left"] : right + beyond["right"]]
+    assert digit_confidences(to_mnist(cell)[None]).argmax() == digit
+
+
+@pytest.mark.parametrize("side, how", [(64, cv2.INTER_LINEAR), (128, cv2.INTER_CUBIC), (300, cv2.INTER_CUBIC)])
+def test_a_coarse_scan_that_was_enlarged_smoothly_is_read(side, how):
+    with np.load(EMBEDDED) as archive:
+        scans, labels = archive["images"][:100] / 16, archive["labels"][:100]
+    enlarged = (cv2.resize(scan, (side, side), interpolation=how) for scan in scans)
+    digits = [to_mnist(np.uint8(np.clip(255 * scan, 0, 255))) for scan in enlarged]
+    assert (digit_confidences(np.array(digits)).argmax(1) == labels).sum() >= 75
 
 
 def test_few_pages_of_two_digits_are_read_as_one():
