@@ -193,15 +193,24 @@ def to_mnist(pixels: np.ndarray, second_look: bool = True) -> np.ndarray:
 
 
 def _as_before_enlarging(pixels: np.ndarray) -> np.ndarray:
-    """The image at the size from which it was enlarged by repeating pixels, as small scans often are to be looked at.
+    """The image at the size from which it was enlarged by repeating pixels, as coarse scans often are to be looked at.
 
     The edges of its large pixels would pass for those of strokes.
     """
-    factor = 0
-    for lines in (pixels, pixels.swapaxes(0, 1)):
-        changes = np.flatnonzero((lines[1:] != lines[:-1]).any(axis=tuple(range(1, lines.ndim)))) + 1
-        factor = math.gcd(factor, len(lines), *changes.tolist())
-    return pixels[::factor, ::factor]
+    if (pixels[:1] != pixels[1:2]).any():
+        return pixels
+    sides = pixels, pixels.swapaxes(0, 1)
+    within = tuple(range(1, pixels.ndim))
+    changes = [np.flatnonzero((side[1:] != side[:-1]).any(within)) + 1 for side in sides]
+    size = min(int(np.diff([0, *ends, len(side)]).min()) for ends, side in zip(changes, sides, strict=True))
+    middles = []
+    for ends, side in zip(changes, sides, strict=True):
+        count = round(len(side) / size)
+        factor = len(side) / count
+        if (np.abs(ends - factor * np.rint(ends / factor)) >= 1).any():
+            return pixels
+        middles.append((factor * (np.arange(count) + 0.5)).astype(int))
+    return pixels[np.ix_(*middles)]
 
 
 def _parts_of(strength: Grey) -> Iterator[np.ndarray]:
