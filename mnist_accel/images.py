@@ -197,7 +197,7 @@ def _as_before_enlarging(pixels: np.ndarray) -> np.ndarray:
 
     The edges of its large pixels would pass for those of strokes.
     """
-    if (pixels[:1] != pixels[1:2]).any():
+    if (pixels[:1] != pixels[1:2]).any():  # so it is in a photo, whose other rows need not be compared
         return pixels
     sides = pixels, pixels.swapaxes(0, 1)
     within = tuple(range(1, pixels.ndim))

@@ -42,13 +42,14 @@ def clearest(
     alike = confidences.max(1)
     if alike[1:].max(initial=0) > CLEAR:
         return readings[1 + alike[1:].argmax()]
-    found = None
     if alike[0] < SURE or confidences[0].argmax() == ONE:
-        found = _clear_digit(coloured)
-    if found is not None or alike[0] >= DOUBTFUL or _are_several_digits(np.array(list(parts), np.uint8)):
-        return first if found is None else found
-    found = _clear_digit(others)
-    return readings[alike.argmax()] if found is None else found
+        in_colour = _clear_digit(coloured)
+        if in_colour is not None:
+            return in_colour
+    if alike[0] >= DOUBTFUL or _are_several_digits(np.array(list(parts), np.uint8)):
+        return first
+    other = _clear_digit(others)
+    return readings[alike.argmax()] if other is None else other
 
 
 def _clear_digit(choice: Iterable[np.ndarray]) -> np.ndarray | None:
